@@ -1,0 +1,10 @@
+"""What lies on disk: tensor tables, bytes and their codecs, and the out-of-core writer.
+
+Never knows torch models or directions.
+"""
+
+from abliterate.checkpoint.folder import Checkpoint, open_checkpoint
+from abliterate.checkpoint.safetensors_file import TensorInfo
+from abliterate.checkpoint.source import resolve_model
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "resolve_model"]

@@ -1,0 +1,163 @@
+"""Open a Hugging Face checkpoint folder as one table of tensors plus its side files.
+
+Owns the folder layout: single file or index with shards, which files are weights, the fingerprint.
+Never loads weights, and never knows what the tensors are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abliterate.checkpoint.safetensors_file import TensorInfo, read_header
+from abliterate.errors import CheckpointError, UnsupportedError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+#: Weight files of other tools and frameworks: they hold the unedited base, so an edited copy leaves them out.
+FOREIGN_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
+#: What training leaves behind; optimizer state and the like do not belong to the model.
+NOT_SIDE_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
+_SAMPLE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint at rest.
+
+    `tensors` maps names to `TensorInfo` in shard order; `shards` and `side_files` are paths relative
+    to `path`, `left_out` the weight files in it that do not belong to the index. `fingerprint` hashes
+    the configuration, every header and sampled spans of every shard (not every byte).
+    """
+
+    path: Path
+    format: str
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    shards: tuple[str, ...]
+    side_files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors on disk, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of config.json."""
+        return str(self.config.get("model_type", ""))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in folder `path`, every header read and checked, no tensor data read.
+
+    Raises:
+        CheckpointError: no such folder, no config.json, a missing shard, a malformed header or index.
+        UnsupportedError: only pickled weights, or a quantised or GGUF checkpoint.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; expected a Hugging Face checkpoint folder or a hub id org/name")
+    config = _read_json(path / "config.json", "every Hugging Face checkpoint has one")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedError(
+            f"{path}: weights are quantised ({method}); start from the model's bf16 or f16 checkpoint"
+        )
+    files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
+    shards = _shard_names(path, files)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, tensor in read_header(path / shard).items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor '{name}' is in both {tensors[name].file} and {shard}")
+            tensors[name] = tensor
+    _check_index(path, tensors)
+    side = tuple(f for f in files if f not in shards and not _is_foreign(f))
+    left_out = tuple(f for f in files if f not in shards and _is_foreign(f))
+    return Checkpoint(path, "safetensors", tensors, config, shards, side, left_out, _fingerprint(path, shards))
+
+
+def _hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") and part != ".gitattributes" for part in file.relative_to(root).parts)
+
+
+def _is_foreign(name: str) -> bool:
+    return name in NOT_SIDE_FILES or name.lower().endswith(FOREIGN_WEIGHTS)
+
+
+def _read_json(file: Path, why: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent}: no {file.name}; {why}: is this the right folder?")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    """The index's map from tensor to shard, or None for a single-file checkpoint."""
+    if not (path / INDEX).is_file():
+        return None
+    weight_map = _read_json(path / INDEX, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path / INDEX}: no weight_map from tensor names to shard files")
+    return weight_map
+
+
+def _shard_names(path: Path, files: list[str]) -> tuple[str, ...]:
+    """The safetensors files that make up the model, in name order."""
+    weight_map = _weight_map(path)
+    if weight_map is None:
+        if SINGLE in files:
+            return (SINGLE,)
+        pickles = [f for f in files if f.endswith(PICKLES) and f not in NOT_SIDE_FILES]
+        if pickles:
+            raise UnsupportedError(
+                f"{path}: weights are pickled ({pickles[0]}), which runs code on loading, and are refused; convert with "
+                "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            )
+        if any(f.endswith(".gguf") for f in files):
+            raise UnsupportedError(f"{path}: only GGUF weights; give the model's safetensors checkpoint")
+        raise CheckpointError(f"{path}: no {SINGLE} and no {INDEX}; the weights are missing: download them again")
+    shards = tuple(sorted(set(weight_map.values())))
+    missing = [s for s in shards if s not in files]
+    if missing:
+        raise CheckpointError(
+            f"{path / INDEX}: names {len(missing)} of {len(shards)} shards that are not there: "
+            f"{', '.join(missing[:3])}; the download is incomplete: fetch it again"
+        )
+    return shards
+
+
+def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    weight_map = _weight_map(path)
+    if weight_map is None:
+        return
+    wrong = [n for n, shard in weight_map.items() if n not in tensors or tensors[n].file != Path(shard).name]
+    if wrong:
+        raise CheckpointError(
+            f"{path / INDEX}: {len(wrong)} tensors are not in the shard it names, first '{wrong[0]}' "
+            f"in {weight_map[wrong[0]]}; index and shards are of different saves"
+        )
+
+
+def _fingerprint(path: Path, shards: tuple[str, ...]) -> str:
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for shard in shards:
+        with (path / shard).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(length))
+            size = (path / shard).stat().st_size
+            for i in range(8):
+                file.seek(8 + length + (size - 8 - length) * i // 8)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()

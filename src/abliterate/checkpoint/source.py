@@ -1,0 +1,77 @@
+"""Turn what a person typed as MODEL into a folder on disk.
+
+Owns hub ids and the hub's own client, cache, token and offline switches. Never opens what it finds.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from abliterate.checkpoint.folder import FOREIGN_WEIGHTS
+from abliterate.errors import CheckpointError, HubError, UnsupportedError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+#: Never downloaded: weights of other frameworks, and the original-format copies some repositories carry.
+_IGNORED = [f"*{ending}" for ending in FOREIGN_WEIGHTS if ending != ".safetensors"] + ["original/*", "consolidated*"]
+
+
+def resolve_model(model: str) -> Path:
+    """The folder of `model`: itself if it is one, else the hub snapshot of `org/name` or `org/name@revision`.
+
+    Raises:
+        CheckpointError: neither a folder nor a hub id.
+        HubError: the hub is unreachable, or does not know the id or revision, or wants a token.
+        UnsupportedError: a GGUF file.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        raise UnsupportedError(f"{model}: GGUF files cannot be edited yet; give the model's safetensors checkpoint")
+    if path.is_file():
+        raise CheckpointError(f"{model}: a file; expected the checkpoint folder that holds it and its config.json")
+    if _HUB_ID.fullmatch(model) is None or path.parent.is_dir() and path.parent != Path("."):
+        raise CheckpointError(
+            f"{model}: no such folder, and not a hub id (org/name or org/name@revision); check the path"
+        )
+    return download(model)
+
+
+def download(hub_id: str, repo_type: str = "model") -> Path:
+    """The cached snapshot folder of a hub id with an optional `@revision`, fetched where it is not complete."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors as hub
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                repo_type=repo_type,
+                ignore_patterns=_IGNORED if repo_type == "model" else None,
+            )
+        )
+    except hub.GatedRepoError:
+        raise HubError(
+            f"{name}: gated on the hub; accept its terms on its page, then log in with 'hf auth login' or set HF_TOKEN"
+        ) from None
+    except hub.RepositoryNotFoundError:
+        raise HubError(
+            f"{hub_id}: no such folder here and no such {repo_type} on the hub (or it is private: set HF_TOKEN)"
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise HubError(f"{hub_id}: the hub has no revision '{revision}' of {name}; try the name alone") from None
+    except (hub.HFValidationError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        raise HubError(_unreachable(hub_id, error)) from None
+    except (hub.HfHubHTTPError, OSError) as error:
+        raise HubError(_unreachable(hub_id, error)) from None
+
+
+def _unreachable(hub_id: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    return (
+        f"{hub_id}: no such folder here, and the hub could not be reached ({reason}); "
+        "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
+    )
