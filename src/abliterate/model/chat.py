@@ -1,0 +1,91 @@
+"""Render requests through a model's own chat template into token ids, and find the template's tail.
+
+Owns the template, the system prompt and the rule of one BOS; never knows weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from abliterate.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Requests without a common ending: what their renderings end with in common is the template's own.
+_PROBES = ("One", "is it two?", "number 3.", "(four)")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a request becomes token ids: one user turn, an optional system turn, the opening of the answer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+
+    def render(self, prompt: str) -> str:
+        """The text of a chat in which the model is about to answer `prompt`.
+
+        Raises:
+            UnsupportedError: the template has no place for a system prompt, or cannot be rendered.
+        """
+        messages = [{"role": "user", "content": prompt}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            hint = "; it may know no system role: drop --system-prompt" if self.system_prompt is not None else ""
+            raise UnsupportedError(f"the model's chat template cannot be rendered ({error}){hint}") from None
+        assert isinstance(text, str)
+        if self.system_prompt is not None and self.system_prompt.strip() not in text:
+            raise UnsupportedError("the model's chat template ignores the system prompt; drop --system-prompt")
+        return text
+
+    def encode(self, prompts: tuple[str, ...] | list[str]) -> list[list[int]]:
+        """Token ids of each rendered prompt. The template writes BOS where the model wants one; none is added."""
+        texts = [self.render(prompt) for prompt in prompts]
+        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return rows
+
+    def tail(self) -> list[int]:
+        """The tokens after the instruction: the longest ending that all renderings share, at least one."""
+        rows = self.encode(_PROBES)
+        length = 0
+        while length < min(map(len, rows)) and len({row[-1 - length] for row in rows}) == 1:
+            length += 1
+        return rows[0][len(rows[0]) - max(1, length) :]
+
+
+def load_tokenizer(folder: Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder, with its own chat template or the one in a file.
+
+    Raises:
+        UnsupportedError: no tokenizer, or no chat template.
+        UsageError: the template file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedError(f"{folder}: no tokenizer that transformers can load ({_first_line(error)})") from None
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{chat_template}: cannot be read as a chat template ({_first_line(error)})") from None
+    if not tokenizer.chat_template:
+        raise UnsupportedError(
+            f"{folder}: the tokenizer has no chat template, so this may be a base model; "
+            "if it is a chat model, supply its template with --chat-template FILE"
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

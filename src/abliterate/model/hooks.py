@@ -1,0 +1,108 @@
+"""Watch and change the residual stream of a running model through forward hooks.
+
+Owns recording, directional ablation at run time and adding a vector; hooks are gone when the block ends.
+Never knows where a direction came from or which prompts run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from abliterate.model.load import ChatModel
+
+
+@dataclass(frozen=True, slots=True)
+class WriterSite:
+    """A module whose output is added to the residual stream: `module` within block `layer`, or the embedding.
+
+    `gain` names the normalisation within the block whose gain lies between the output and the stream,
+    `gain_offset` what its formula adds to the stored gain (1 in Gemma).
+    """
+
+    layer: int | None
+    module: str
+    gain: str | None = None
+    gain_offset: float = 0.0
+
+
+@contextmanager
+def record_resid_post(model: ChatModel, on_block: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Call `on_block(layer, resid_post[layer])` with `[rows, tokens, d_model]` after every block that runs."""
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.blocks):
+
+            def hook(_module: nn.Module, _args: Any, output: Any, layer: int = layer) -> None:
+                on_block(layer, _hidden(output))
+
+            stack.callback(block.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def ablate(
+    model: ChatModel, sites: Sequence[WriterSite], directions: torch.Tensor, strength: float = 1.0
+) -> Iterator[None]:
+    """Remove a direction from everything that writes to the residual stream, at every token.
+
+    `y' = y − s·d dᵀy` at each site's output, `d = normalise(g ⊙ r̂)` behind a gain `g`: the same function as
+    orthogonalised weights (Arditi et al. 2024, arXiv 2406.11717, §2.4 and appendix E).
+
+    Args:
+        model: the model to hook.
+        sites: where the stream is written.
+        directions: `[d_model]`, or `[rows, d_model]` for a direction of its own for each row of the batch.
+        strength: 1 removes, 2 reflects.
+    """
+    unit = torch.atleast_2d(directions).to(model.device, torch.float32)
+    with ExitStack() as stack:
+        for site in sites:
+            module, gain = site_modules(model, site)
+            d = nn.functional.normalize(unit * gain if gain is not None else unit, dim=-1)[:, None, :]
+
+            def hook(_module: nn.Module, _args: Any, output: Any, d: torch.Tensor = d) -> torch.Tensor:
+                y = output.float()
+                return (y - (strength * (y * d).sum(-1, keepdim=True)) * d).to(output.dtype)
+
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def add_vectors(model: ChatModel, layers: Sequence[int], vectors: torch.Tensor) -> Iterator[None]:
+    """Add `vectors[row]` (`[rows, d_model]`) to `resid_post[layers[row]]` at every token of that row."""
+    where = torch.tensor(layers, device=model.device)
+    vectors = vectors.to(model.device, torch.float32)
+    with ExitStack() as stack:
+        for layer in sorted(set(layers)):
+            shift = (vectors * (where == layer)[:, None])[:, None, :]
+
+            def hook(_module: nn.Module, _args: Any, output: Any, shift: torch.Tensor = shift) -> Any:
+                hidden = _hidden(output)
+                shifted = (hidden.float() + shift).to(hidden.dtype)
+                return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
+
+            stack.callback(model.blocks[layer].register_forward_hook(hook).remove)
+        yield
+
+
+def site_modules(model: ChatModel, site: WriterSite) -> tuple[nn.Module, torch.Tensor | None]:
+    """A site's module, and the float32 gain `[d_model]` between its output and the stream, if there is one."""
+    if site.layer is None:
+        return model.model.get_input_embeddings(), None
+    block = model.blocks[site.layer]
+    if site.gain is None:
+        return block.get_submodule(site.module), None
+    return block.get_submodule(site.module), block.get_parameter(f"{site.gain}.weight").float() + site.gain_offset
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """A block's hidden states; some classes return them first in a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden

@@ -1,0 +1,144 @@
+"""Load a checkpoint for running and find its parts: blocks, embeddings, device and dtype.
+
+Owns the loaded model and the machine's memory; never knows prompts, refusals or edits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from abliterate.errors import ResourceError, UnsupportedError, UsageError
+from abliterate.model.chat import ChatFormat, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A model that is loaded, in evaluation mode, with the format its chats take."""
+
+    model: PreTrainedModel
+    chat: ChatFormat
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order; block `l` writes `resid_post[l]`."""
+        n_layers = self.model.config.get_text_config().num_hidden_layers
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+                return list(module)
+        raise UnsupportedError(f"{type(self.model).__name__}: no list of {n_layers} blocks found in the model")
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.model.device
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows on the left; it is masked, so any will do."""
+        for token in (self.chat.tokenizer.pad_token_id, self.chat.tokenizer.eos_token_id):
+            if isinstance(token, int):
+                return token
+        return 0
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        found = set(ids if isinstance(ids, list) else [ids]) | {self.chat.tokenizer.eos_token_id}
+        return sorted(i for i in found if isinstance(i, int))
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    system_prompt: str | None = None,
+    chat_template: Path | None = None,
+) -> ChatModel:
+    """The checkpoint in `folder`, ready to run on `device` in `dtype` (None: what suits the machine).
+
+    Raises:
+        UnsupportedError: transformers does not know the architecture, or there is no chat template.
+        UsageError: no such device or dtype.
+    """
+    tokenizer = load_tokenizer(folder, chat_template)
+    where = pick_device(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, where))
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedError(f"{folder}: transformers cannot load this model ({str(error)[:200]})") from None
+    model.to(where).eval().requires_grad_(False)
+    return ChatModel(model, ChatFormat(tokenizer, system_prompt))
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device named, or the machine's accelerator, or its CPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"--device {device}: not usable here ({str(error).splitlines()[0][:100]}); try --device cpu"
+        ) from None
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The dtype named, or bfloat16 where the device computes in it, or float32.
+
+    Raises:
+        UsageError: not a dtype to compute in.
+    """
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return torch.bfloat16
+    # Emulated bfloat16 is several times slower than float32; oneDNN knows whether this processor has it.
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def require_memory(nbytes: int, device: torch.device) -> None:
+    """Check that `device` has room for `nbytes` of weights and activations.
+
+    Raises:
+        ResourceError: it has not.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        free = psutil.virtual_memory().available
+    else:
+        return
+    if free < nbytes:
+        raise ResourceError(
+            f"running this model needs about {nbytes / 1e9:.1f} GB of memory on {device.type}, {free / 1e9:.1f} GB are "
+            "free; close other programs, use --dtype bfloat16, or skip the comparison with --no-eval"
+        )

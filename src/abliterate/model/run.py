@@ -1,0 +1,81 @@
+"""Run a loaded model: next-token and teacher-forced log-probabilities, greedy generation.
+
+Owns forward passes over lists of token rows; never knows what the rows ask or how the model was changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig
+
+from abliterate.model.batches import Batch, batches
+from abliterate.model.load import ChatModel
+
+Progress = Callable[[int], None]
+"""Called with the number of rows that a batch finished."""
+
+
+def silent(_rows: int) -> None:
+    """Report no progress."""
+
+
+class Completion(NamedTuple):
+    """A greedy answer: its `text`, its token `ids` (without the stop token), and whether it `ended` by itself."""
+
+    text: str
+    ids: list[int]
+    ended: bool
+
+
+def log_probs(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities in float32: a softmax over a vocabulary in bfloat16 would add noise of its own."""
+    return logits.float().log_softmax(-1)
+
+
+@torch.inference_mode()
+def next_token_log_probs(model: ChatModel, batch: Batch) -> torch.Tensor:
+    """`[rows, d_vocab]` log-probabilities of the token after each row."""
+    return log_probs(model.model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1])
+
+
+@torch.inference_mode()
+def last_token_log_probs(model: ChatModel, batch: Batch, tokens: int) -> torch.Tensor:
+    """`[rows, tokens + 1, d_vocab]` log-probabilities of what follows each of the last `tokens + 1` positions."""
+    return log_probs(model.model(**batch.inputs, logits_to_keep=tokens + 1, use_cache=False).logits)
+
+
+@torch.inference_mode()
+def generate(
+    model: ChatModel,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress = silent,
+) -> list[Completion]:
+    """Greedy completions in the order of the rows, free of the checkpoint's own sampling settings."""
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=model.pad_id
+    )
+    done: dict[int, Completion] = {}
+    for batch in batches(rows, batch_size, model.pad_id, model.device):
+        made = model.model.generate(
+            batch.input_ids, attention_mask=batch.attention_mask, generation_config=config, use_model_defaults=False
+        )
+        for index, ids in zip(batch.indices, made[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+            done[index] = _completion(model, ids)
+        progress(len(batch.indices))
+    return [done[i] for i in range(len(rows))]
+
+
+def _completion(model: ChatModel, ids: list[int]) -> Completion:
+    stop = next((i for i, token in enumerate(ids) if token in model.stop_ids), None)
+    ids = ids if stop is None else ids[:stop]
+    return Completion(model.chat.tokenizer.decode(ids, skip_special_tokens=True), ids, stop is not None)
+
+
+def padded_batches(model: ChatModel, rows: list[list[int]], batch_size: int) -> Iterator[Batch]:
+    """`batches` with the model's own padding and device."""
+    return batches(rows, batch_size, model.pad_id, model.device)
