@@ -1,0 +1,84 @@
+"""Running mean and variance of activations, and their file.
+
+Owns the statistics as a value: merge, save, load. Never keeps single activations; never knows directions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from abliterate.errors import CheckpointError
+
+SCHEMA = 1
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationStats:
+    """Statistics of one prompt set at one site of one model.
+
+    `mean` and `m2` (the sum of squared deviations) are `[n_layers, n_positions, d_model]` in float64;
+    `positions` are negative, counted from the prompt's end; `count` is the number of prompts.
+    """
+
+    site: str
+    positions: tuple[int, ...]
+    count: int
+    mean: Float64Array
+    m2: Float64Array
+    prompts: str
+    model: str
+
+    @property
+    def variance(self) -> Float64Array:
+        """Unbiased variance, `[n_layers, n_positions, d_model]`."""
+        return self.m2 / max(1, self.count - 1)
+
+    def merge(self, other: ActivationStats) -> ActivationStats:
+        """The statistics of both prompt sets together, exactly (Chan et al. 1979)."""
+        assert self.positions == other.positions and self.site == other.site
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        return ActivationStats(
+            self.site,
+            self.positions,
+            count,
+            self.mean + delta * (other.count / count),
+            self.m2 + other.m2 + delta**2 * (self.count * other.count / count),
+            f"{self.prompts}+{other.prompts}",
+            self.model,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the statistics as safetensors."""
+        metadata = {
+            "abliterate": "activation-stats", "schema": str(SCHEMA), "site": self.site, "count": str(self.count),
+            "positions": json.dumps(self.positions), "prompts": self.prompts, "model": self.model,
+        }  # fmt: skip
+        save_file({"mean": self.mean, "m2": self.m2}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> ActivationStats:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: no such file, or not activation statistics of this schema.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                meta = file.metadata() or {}
+                if meta.get("abliterate") != "activation-stats" or meta.get("schema") != str(SCHEMA):
+                    raise CheckpointError(f"{path}: not activation statistics of schema {SCHEMA}; collect them again")
+                mean, m2 = file.get_tensor("mean"), file.get_tensor("m2")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot be read as activation statistics ({error})") from None
+        return cls(
+            meta["site"], tuple(json.loads(meta["positions"])), int(meta["count"]), mean, m2, meta["prompts"], meta["model"]
+        )  # fmt: skip

@@ -1,0 +1,94 @@
+"""A direction as a value, the candidates that two sets of statistics give, and their file.
+
+Owns the difference of means and `directions.safetensors`; never knows models or weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from abliterate.activations import ActivationStats
+from abliterate.errors import CheckpointError, VerifyError
+
+SCHEMA = 1
+METHOD = "difference of means"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A unit vector `[d_model]` in the residual stream, and how it was found.
+
+    `scale` is the norm of the difference of means before it was normalised; `layer` counts from 0,
+    `position` is negative, from the prompt's end; `scores` holds the causal test's figures; `source`
+    the hashes of the model and prompts it came from.
+    """
+
+    vector: npt.NDArray[np.float32]
+    layer: int
+    position: int
+    scale: float
+    method: str = METHOD
+    scores: dict[str, float] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Everything but the vector, for records and tables."""
+        return {k: v for k, v in asdict(self).items() if k != "vector"}
+
+    def save(self, path: Path) -> None:
+        """Write the direction as safetensors, its history as metadata."""
+        metadata = {"abliterate": "direction", "schema": str(SCHEMA), "direction": json.dumps(self.where)}
+        save_file({"direction": self.vector}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Direction:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: no such file, not a direction of this schema, or not a unit vector.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                meta = file.metadata() or {}
+                if meta.get("abliterate") != "direction" or meta.get("schema") != str(SCHEMA):
+                    raise CheckpointError(f"{path}: not a direction of schema {SCHEMA}; select one again")
+                vector = file.get_tensor("direction").astype(np.float32)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot be read as a direction ({error})") from None
+        if vector.ndim != 1 or abs(float(np.linalg.norm(vector)) - 1) > 1e-4:
+            raise CheckpointError(f"{path}: holds shape {list(vector.shape)}; expected one unit vector [d_model]")
+        return cls(vector, **json.loads(meta["direction"]))
+
+
+def candidates(harmful: ActivationStats, harmless: ActivationStats, last_layer: int) -> list[Direction]:
+    """`r[l, i] = mean_harmful − mean_harmless`, normalised, for every position and every layer below `last_layer`.
+
+    The difference is taken in float64 before normalising (arXiv 2406.11717, §2.3): the two means point
+    almost the same way, and what is left after subtraction must not be rounding.
+
+    Raises:
+        VerifyError: the statistics are of different models, or of the same prompts.
+    """
+    if harmful.model != harmless.model or harmful.positions != harmless.positions:
+        raise VerifyError("the two statistics are of different models or templates; collect both from the same one")
+    if harmful.prompts == harmless.prompts:
+        raise VerifyError("the two statistics are of the same prompts; there is nothing to contrast")
+    found = []
+    for layer in range(last_layer):
+        for index, position in enumerate(harmful.positions):
+            r = harmful.mean[layer, index] - harmless.mean[layer, index]
+            scale = float(np.linalg.norm(r))
+            # Where template tokens cannot see the request yet, or the first layers add nothing, r is rounding.
+            if scale > 1e-6 * float(np.linalg.norm(harmless.mean[layer, index])):
+                source = {"model": harmful.model, "harmful": harmful.prompts, "harmless": harmless.prompts}
+                found.append(Direction((r / scale).astype(np.float32), layer, position, scale, source=source))
+    return found
