@@ -13,7 +13,8 @@ from abliterate.errors import PromptError, VerifyError
 from abliterate.model.batches import Batch
 from abliterate.model.hooks import record_resid_post
 from abliterate.model.load import ChatModel
-from abliterate.model.run import Progress, padded_batches, silent
+from abliterate.model.progress import Progress, silent
+from abliterate.model.run import padded_batches
 from abliterate.prompts import PromptSet
 
 SITE = "resid_post"

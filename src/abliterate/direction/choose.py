@@ -16,9 +16,11 @@ from abliterate.direction.direction import Direction
 from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
 from abliterate.model.batches import Batch, pad_left
-from abliterate.model.hooks import WriterSite, ablate, add_vectors
+from abliterate.model.hooks import ablate, add_vectors
 from abliterate.model.load import ChatModel
-from abliterate.model.run import Progress, next_token_log_probs, silent
+from abliterate.model.progress import Progress, silent
+from abliterate.model.run import next_token_log_probs
+from abliterate.model.sites import WriterSite
 
 #: Candidates that go from the first, rough round into the full test.
 _FINALISTS = 12

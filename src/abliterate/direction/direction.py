@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from abliterate.activations import ActivationStats
+from abliterate.activations.stats import ActivationStats
 from abliterate.errors import CheckpointError, VerifyError
 
 SCHEMA = 1

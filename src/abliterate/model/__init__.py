@@ -1,9 +1,4 @@
 """A checkpoint in motion: load it, render chats, batch, hook its residual stream, generate.
 
-Never knows what a refusal is.
+Never knows what a refusal is. Import its modules by name: `sites` and `progress` need no torch, the rest do.
 """
-
-from abliterate.model.chat import ChatFormat
-from abliterate.model.load import ChatModel, load_model
-
-__all__ = ["ChatFormat", "ChatModel", "load_model"]

@@ -8,27 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from abliterate.model.load import ChatModel
-
-
-@dataclass(frozen=True, slots=True)
-class WriterSite:
-    """A module whose output is added to the residual stream: `module` within block `layer`, or the embedding.
-
-    `gain` names the normalisation within the block whose gain lies between the output and the stream,
-    `gain_offset` what its formula adds to the stored gain (1 in Gemma).
-    """
-
-    layer: int | None
-    module: str
-    gain: str | None = None
-    gain_offset: float = 0.0
+from abliterate.model.sites import WriterSite
 
 
 @contextmanager
@@ -65,11 +51,15 @@ def ablate(
             module, gain = site_modules(model, site)
             d = nn.functional.normalize(unit * gain if gain is not None else unit, dim=-1)[:, None, :]
 
-            def hook(_module: nn.Module, _args: Any, output: Any, d: torch.Tensor = d) -> torch.Tensor:
-                y = output.float()
-                return (y - (strength * (y * d).sum(-1, keepdim=True)) * d).to(output.dtype)
+            def project(y: torch.Tensor, d: torch.Tensor = d) -> torch.Tensor:
+                wide = y.float()
+                return (wide - (strength * (wide * d).sum(-1, keepdim=True)) * d).to(y.dtype)
 
-            stack.callback(module.register_forward_hook(hook).remove)
+            if site.module == "head":  # (W − s·W r̂ r̂ᵀ) h = W (h − s·r̂ r̂ᵀ h): the head's own input loses it
+                hook = module.register_forward_pre_hook(lambda _m, args, p=project: (p(args[0]), *args[1:]))
+            else:
+                hook = module.register_forward_hook(lambda _m, _a, output, p=project: p(output))
+            stack.callback(hook.remove)
         yield
 
 
@@ -94,7 +84,8 @@ def add_vectors(model: ChatModel, layers: Sequence[int], vectors: torch.Tensor) 
 def site_modules(model: ChatModel, site: WriterSite) -> tuple[nn.Module, torch.Tensor | None]:
     """A site's module, and the float32 gain `[d_model]` between its output and the stream, if there is one."""
     if site.layer is None:
-        return model.model.get_input_embeddings(), None
+        head = site.module == "head"
+        return (model.model.get_output_embeddings() if head else model.model.get_input_embeddings()), None
     block = model.blocks[site.layer]
     if site.gain is None:
         return block.get_submodule(site.module), None

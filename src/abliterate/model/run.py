@@ -5,7 +5,7 @@ Owns forward passes over lists of token rows; never knows what the rows ask or h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,14 +13,7 @@ from transformers import GenerationConfig
 
 from abliterate.model.batches import Batch, batches
 from abliterate.model.load import ChatModel
-
-Progress = Callable[[int], None]
-"""Called with the number of rows that a batch finished."""
-
-
-def silent(_rows: int) -> None:
-    """Report no progress."""
-
+from abliterate.model.progress import Progress, silent
 
 class Completion(NamedTuple):
     """A greedy answer: its `text`, its token `ids` (without the stop token), and whether it `ended` by itself."""

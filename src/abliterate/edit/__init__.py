@@ -1,0 +1,9 @@
+"""Steps 3 and 4: which weights write to the residual stream, the projection, the plan, applying it.
+
+Never knows prompts or evaluation.
+"""
+
+from abliterate.edit.apply import EditRecord, apply_edit
+from abliterate.edit.plan import EditPlan, plan_edit
+
+__all__ = ["EditPlan", "EditRecord", "apply_edit", "plan_edit"]

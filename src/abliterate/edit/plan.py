@@ -1,0 +1,52 @@
+"""What an edit will change and what it leaves alone, decided before any weight is read.
+
+Owns the plan and its translation into run-time sites; never applies it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from abliterate.checkpoint import Checkpoint
+from abliterate.edit.writers import ResidualWriter, residual_writers
+from abliterate.model.sites import WriterSite
+
+Embeddings = Literal["edit", "keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class EditPlan:
+    """The writers that will be edited; `kept` maps writers left alone to the reason; `untouched` counts the rest."""
+
+    writers: tuple[ResidualWriter, ...]
+    kept: dict[str, str]
+    untouched: int
+    source: str
+
+    @property
+    def sites(self) -> list[WriterSite]:
+        """The same edit as places to hook in the running model, one for each module."""
+        sites = {
+            (w.layer, w.module): WriterSite(w.layer, w.module, w.gain_module, w.gain_offset) for w in self.writers
+        }
+        found = list(sites.values())
+        if any(w.tied_to for w in self.writers):
+            found.append(WriterSite(None, "head"))
+        return found
+
+
+def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit") -> EditPlan:
+    """The plan to edit every residual writer of a checkpoint.
+
+    With `embeddings="edit"` the stream loses the direction entirely; an embedding that is tied to the LM
+    head takes the direction out of what the head reads as well. With "keep", what the embedding writes
+    along the direction stays in the stream.
+
+    Raises:
+        UnsupportedError: weights that cannot be placed; names them.
+    """
+    writers = residual_writers(checkpoint)
+    kept = {w.tensor: "--embeddings keep" for w in writers if w.role == "embed" and embeddings == "keep"}
+    edited = tuple(w for w in writers if w.tensor not in kept)
+    return EditPlan(edited, kept, len(checkpoint.tensors) - len(writers), checkpoint.fingerprint)

@@ -1,0 +1,138 @@
+"""Which tensors of a checkpoint write to the residual stream, on which axis, behind which gain.
+
+Owns the table of families and the rule that every tensor must be placed. Never reads tensor data.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from abliterate.checkpoint import Checkpoint
+from abliterate.errors import UnsupportedError
+
+Role = Literal["embed", "attention out", "MLP out"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualWriter:
+    """One tensor that writes to the residual stream.
+
+    `axis` is the tensor's residual axis: 0 where rows are the stream (`nn.Linear`), 1 for embedding rows.
+    `gain` names the tensor of the normalisation between this writer and the stream, `gain_offset` what its
+    formula adds to the stored gain. `tied_to` names what else the tensor serves as. `module` and
+    `gain_module` are paths within the block, or of the model for the embedding.
+    """
+
+    tensor: str
+    role: Role
+    layer: int | None
+    axis: int
+    module: str
+    gain: str | None = None
+    gain_offset: float = 0.0
+    gain_module: str | None = None
+    tied_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What differs between Llama-like families: the norms behind the writers, and Gemma's `1 + gain`."""
+
+    attention_norm: str | None = None
+    mlp_norm: str | None = None
+    gain_offset: float = 0.0
+
+
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+FAMILIES: dict[str, _Family] = {
+    "llama": _Family(),
+    "mistral": _Family(),
+    "qwen2": _Family(),
+    "qwen3": _Family(),
+    "phi3": _Family(),
+    "gemma2": _Family(*_POST_NORMS, gain_offset=1.0),
+    "gemma3_text": _Family(*_POST_NORMS, gain_offset=1.0),
+    "olmo2": _Family(*_POST_NORMS),
+}
+
+_LAYER = re.compile(r"(?P<prefix>(?:model\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)")
+_EMBEDDING = re.compile(r"(?:model\.)?embed_tokens\.weight")
+_WRITERS: dict[str, Role] = {"self_attn.o_proj": "attention out", "mlp.down_proj": "MLP out"}
+#: What reads the stream, normalises it, or never touches it; left alone.
+_BYSTANDERS = re.compile(
+    r"(?:model\.)?norm\.weight|lm_head\.(?:weight|bias)|(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|"
+    r"(?:model\.)?layers\.\d+\.(?:"
+    r"self_attn\.(?:q|k|v|qkv)_proj\.(?:weight|bias)|self_attn\.[qk]_norm\.weight|"
+    r"mlp\.(?:gate|up|gate_up)_proj\.(?:weight|bias)|"
+    r"(?:input|post_attention|pre_feedforward|post_feedforward)_layernorm\.weight)"
+)
+
+
+def residual_writers(checkpoint: Checkpoint) -> list[ResidualWriter]:
+    """Every tensor of the checkpoint that writes to the residual stream, in checkpoint order.
+
+    Every other tensor is known to read the stream, or the call fails: a writer that is overlooked would
+    leave part of the direction behind without a word.
+
+    Raises:
+        UnsupportedError: the family is not known, or has tensors that cannot be placed; names them.
+    """
+    family = FAMILIES.get(checkpoint.model_type)
+    writers, unplaced = [], []
+    for name in checkpoint.tensors:
+        writer = _writer(checkpoint, name, family or _Family())
+        if writer is not None:
+            writers.append(writer)
+        elif _BYSTANDERS.fullmatch(name) is None:
+            unplaced.append(name)
+    if family is None or unplaced:
+        _refuse(checkpoint, unplaced or list(checkpoint.tensors))
+    _check_complete(checkpoint, writers)
+    return writers
+
+
+def _refuse(checkpoint: Checkpoint, names: list[str]) -> None:
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    raise UnsupportedError(
+        f"{checkpoint.path}: architecture '{checkpoint.model_type}': cannot tell whether these weights write to the "
+        f"residual stream: {shown}. Exact today: {', '.join(sorted(FAMILIES))}"
+    )
+
+
+def _writer(checkpoint: Checkpoint, name: str, family: _Family) -> ResidualWriter | None:
+    """The writer that tensor `name` is, or None."""
+    if _EMBEDDING.fullmatch(name):
+        tied = not any(n.endswith("lm_head.weight") for n in checkpoint.tensors)
+        return ResidualWriter(name, "embed", None, 1, "embed", tied_to="lm_head" if tied else None)
+    found = _LAYER.fullmatch(name)
+    if found is None:
+        return None
+    module, _, kind = found["rest"].rpartition(".")
+    role = _WRITERS.get(module)
+    if role is None or kind not in ("weight", "bias"):
+        return None
+    norm = family.attention_norm if role == "attention out" else family.mlp_norm
+    gain = f"{found['prefix']}{norm}.weight" if norm else None
+    return ResidualWriter(name, role, int(found["layer"]), 0, module, gain, family.gain_offset if norm else 0.0, norm)
+
+
+def _check_complete(checkpoint: Checkpoint, writers: list[ResidualWriter]) -> None:
+    """Every layer has both writers, of the right width, with their gains; and there is one embedding."""
+    n_layers, d_model = checkpoint.config.get("num_hidden_layers"), checkpoint.config.get("hidden_size")
+    problems = [
+        f"{w.tensor} of shape {list(checkpoint.tensors[w.tensor].shape)} (d_model is {d_model})"
+        for w in writers
+        if checkpoint.tensors[w.tensor].shape[w.axis] != d_model
+    ]
+    problems += [f"{w.gain} (missing)" for w in writers if w.gain is not None and w.gain not in checkpoint.tensors]
+    have = {(w.layer, w.module) for w in writers if w.tensor.endswith(".weight")}
+    expected = [(layer, module) for layer in range(int(n_layers or 0)) for module in _WRITERS]
+    problems += [f"layers.{layer}.{module}.weight (missing)" for layer, module in expected if (layer, module) not in have]
+    if (None, "embed") not in have:
+        problems.append("embed_tokens.weight (missing)")
+    if not n_layers or not d_model or problems:
+        raise UnsupportedError(
+            f"{checkpoint.path}: the weights do not match config.json ({n_layers} layers): {'; '.join(problems[:4])}"
+        )
