@@ -1,0 +1,119 @@
+"""How far a second model moved from a first on harmless prompts: KL divergence and perplexity.
+
+Owns the teacher-forced comparison along the base's own answers; never knows how the second was made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from abliterate.evaluate.intervals import Interval, bootstrap
+from abliterate.model.batches import Batch
+from abliterate.model.load import ChatModel
+from abliterate.model.progress import Progress, silent
+from abliterate.model.run import last_token_log_probs, padded_batches
+
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Per prompt, `[n]`: KL at the first token, mean KL along the continuation (nats), and summed −log p of it."""
+
+    kl_first: Float64Array
+    kl_continuation: Float64Array
+    base_nll: Float64Array
+    other_nll: Float64Array
+    tokens: Float64Array
+
+    @property
+    def base_perplexity(self) -> Interval:
+        """exp of the base's mean −log p over all tokens of its own answers, bootstrap over prompts."""
+        return _perplexity(self.base_nll, self.tokens)
+
+    @property
+    def other_perplexity(self) -> Interval:
+        """The same of the other model, on the base's answers."""
+        return _perplexity(self.other_nll, self.tokens)
+
+
+def _perplexity(nll: Float64Array, tokens: Float64Array) -> Interval:
+    return bootstrap(np.stack([nll, tokens], 1), lambda rows: float(np.exp(rows[:, 0].sum() / rows[:, 1].sum())))
+
+
+def divergence(
+    base: ChatModel,
+    other: ChatModel,
+    prompts: list[list[int]],
+    continuations: list[list[int]],
+    batch_size: int,
+    progress: Progress = silent,
+) -> Divergence:
+    """KL(base‖other) and −log p along `continuations`, the base's own answers to `prompts` (token ids).
+
+    KL is `Σ_t p(t) (log p(t) − log q(t))` from float32 log-softmax over the whole vocabulary, at the
+    first answer token and averaged over all answer tokens given.
+    """
+    width = max(map(len, continuations))
+    rows = [p + c for p, c in zip(prompts, continuations, strict=True)]
+    out = np.zeros((len(rows), 5))
+    # The logits of a whole vocabulary at every answer token are the largest thing here: keep batches small.
+    for batch in padded_batches(base, rows, max(1, batch_size // 4)):
+        lengths = [len(continuations[i]) for i in batch.indices]
+        part = _batch_divergence(base, other, batch, lengths, width)
+        out[batch.indices] = part
+        progress(len(batch.indices))
+    return Divergence(*(out[:, k].copy() for k in range(5)))
+
+
+def _batch_divergence(base: ChatModel, other: ChatModel, batch: Batch, lengths: list[int], width: int) -> Float64Array:
+    """`[rows, 5]`: the columns of `Divergence` for one batch."""
+    p = last_token_log_probs(base, batch, width)
+    q = last_token_log_probs(other, _on(other, batch), width).to(p.device)
+    kl = (p.exp() * (p - q)).sum(-1)
+    result = np.zeros((len(lengths), 5))
+    for row, n in enumerate(lengths):
+        # Position −n−1 predicts the first answer token, position −2 the last.
+        span = slice(p.shape[1] - 1 - n, p.shape[1] - 1)
+        target = batch.input_ids[row, -n:, None]
+        along = kl[row, span].double()
+        nll = [-(x[row, span].gather(-1, target)).double().sum().item() for x in (p, q)]
+        result[row] = [along[0].item(), along.mean().item(), *nll, n]
+    return result
+
+
+def _on(model: ChatModel, batch: Batch) -> Batch:
+    return Batch(batch.indices, *(t.to(model.device) for t in batch[1:]))
+
+
+def quantiles(values: Float64Array) -> str:
+    """Median and 95th percentile in words: KL has a heavy tail that a mean hides."""
+    median, p95 = np.quantile(values, [0.5, 0.95])
+    return f"median {median:.3g}, p95 {p95:.3g}"
+
+
+@torch.inference_mode()
+def leak(model: ChatModel, rows: list[list[int]], direction: torch.Tensor, n_positions: int, batch_size: int) -> Float64Array:
+    """`[n]` root mean square over layers and template tokens of `r̂ᵀh / ‖h‖` in a real forward pass, per prompt.
+
+    Zero where nothing writes along `r̂`; 1/√d_model is what a random direction shows.
+    """
+    from abliterate.model.hooks import record_resid_post
+
+    unit = direction.to(model.device, torch.float32)
+    out = np.zeros(len(rows))
+    for batch in padded_batches(model, rows, batch_size):
+        shares: list[torch.Tensor] = []
+
+        def fold(_layer: int, hidden: torch.Tensor, shares: list[torch.Tensor] = shares) -> None:
+            wanted = hidden[:, -n_positions:].float()
+            shares.append(((wanted @ unit) / wanted.norm(dim=-1)) ** 2)
+
+        with record_resid_post(model, fold):
+            model.model.base_model(**batch.inputs, use_cache=False)
+        out[batch.indices] = torch.stack(shares).mean((0, 2)).sqrt().double().cpu().numpy()
+    return out

@@ -1,0 +1,174 @@
+"""Base against edited on prompts nothing was fitted or chosen on, as a list of metrics.
+
+Owns which figures are taken and how they are named; never knows how the edit was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from abliterate.errors import VerifyError
+from abliterate.evaluate.divergence import Divergence, divergence, leak, quantiles
+from abliterate.evaluate.intervals import Interval, bootstrap, mean
+from abliterate.evaluate.refusals import Answers, ask, method
+from abliterate.model.load import ChatModel
+from abliterate.model.progress import Progress
+from abliterate.prompts import PromptSet
+
+#: Answer tokens along which KL and perplexity are taken.
+CONTINUATION = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure for base and edited model: values, 95% intervals, number of prompts, method.
+
+    A figure that compares the two (KL) has no base value. `prompts` names the set.
+    """
+
+    name: str
+    prompts: str
+    base: float | None
+    base_low: float | None
+    base_high: float | None
+    edited: float | None
+    low: float | None
+    high: float | None
+    n: int
+    method: str
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        """The figure as JSON stores it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All metrics, and how many answers each verdict got: `{"base": {"harmful": {"refusal": 12, ...}}}`."""
+
+    metrics: tuple[Metric, ...]
+    verdicts: dict[str, dict[str, dict[str, int]]]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What to ask: the two test sets, token budget and batch size."""
+
+    harmful: PromptSet
+    harmless: PromptSet
+    max_new_tokens: int
+    batch_size: int
+
+
+def evaluate_alone(model: ChatModel, questions: Questions, progress: Callable[[str, int], Progress]) -> Evaluation:
+    """Refusal and false-refusal rate of one model, with no base to compare it to."""
+    harmful, harmless = _ask_both(model, questions, "", progress)
+    metrics = [
+        _rate("refusal_rate", questions.harmful, None, harmful, questions),
+        _rate("false_refusal_rate", questions.harmless, None, harmless, questions),
+    ]
+    return Evaluation(tuple(metrics), {"edited": {"harmful": harmful.counts, "harmless": harmless.counts}})
+
+
+def evaluate_pair(
+    base: ChatModel,
+    edited: ChatModel,
+    questions: Questions,
+    progress: Callable[[str, int], Progress],
+    direction: npt.NDArray[np.float32] | None = None,
+) -> Evaluation:
+    """Every figure for both models; `leak` only where the direction is given.
+
+    KL and perplexity are taken on the harmless prompts that the base answers: where it declines, changing
+    the answer is the purpose of an edit.
+
+    Raises:
+        VerifyError: the base answers no harmless prompt, or the two models do not share a vocabulary.
+    """
+    if base.chat.tokenizer.get_vocab() != edited.chat.tokenizer.get_vocab():
+        raise VerifyError("base and edited model have different vocabularies: their distributions cannot be compared")
+    base_harmful, base_harmless = _ask_both(base, questions, "base ", progress)
+    harmful, harmless = _ask_both(edited, questions, "edited ", progress)
+    metrics = [
+        _rate("refusal_rate", questions.harmful, base_harmful, harmful, questions),
+        _rate("false_refusal_rate", questions.harmless, base_harmless, harmless, questions),
+        *_cost(base, edited, questions, base_harmless, progress),
+    ]
+    if direction is not None:
+        metrics.append(_leak(base, edited, questions, direction))
+    verdicts = {
+        "base": {"harmful": base_harmful.counts, "harmless": base_harmless.counts},
+        "edited": {"harmful": harmful.counts, "harmless": harmless.counts},
+    }
+    return Evaluation(tuple(metrics), verdicts)
+
+
+def _ask_both(
+    model: ChatModel, questions: Questions, label: str, progress: Callable[[str, int], Progress]
+) -> tuple[Answers, Answers]:
+    """Answers to the harmful and the harmless set; only the harmless ones keep their token ids."""
+    step = progress(f"{label}answers", len(questions.harmful) + len(questions.harmless))
+    budget, size = questions.max_new_tokens, questions.batch_size
+    harmful = ask(model, questions.harmful, budget, size, progress=step)
+    return harmful, ask(model, questions.harmless, budget, size, keep_ids=True, progress=step)
+
+
+def _rate(name: str, prompts: PromptSet, base: Answers | None, edited: Answers, questions: Questions) -> Metric:
+    before = base.rate if base is not None else None
+    return _metric(name, prompts.name, before, edited.rate, len(prompts), method(questions.max_new_tokens))
+
+
+def _cost(
+    base: ChatModel,
+    edited: ChatModel,
+    questions: Questions,
+    answers: Answers,
+    progress: Callable[[str, int], Progress],
+) -> list[Metric]:
+    """KL and perplexity along the base's own answers."""
+    kept = [i for i in answers.answered if answers.ids[i]]
+    if not kept:
+        raise VerifyError("the base answers none of the harmless prompts, so there is nothing to measure the cost on")
+    rows = base.chat.encode([questions.harmless.prompts[i] for i in kept])
+    continuations = [list(answers.ids[i][:CONTINUATION]) for i in kept]
+    step = progress("divergence", len(kept))
+    found: Divergence = divergence(base, edited, rows, continuations, questions.batch_size, step)
+    name, n = f"{questions.harmless.name}, answered by the base", len(kept)
+    return [
+        _metric(
+            "kl_first_token", name, None, bootstrap(found.kl_first, mean), n,
+            f"mean KL(base‖edited), nats, first answer token; {quantiles(found.kl_first)}; bootstrap 95%",
+        ),
+        _metric(
+            "kl_continuation", name, None, bootstrap(found.kl_continuation, mean), n,
+            f"mean KL(base‖edited), nats, along the base's own answer, up to {CONTINUATION} tokens; "
+            f"{quantiles(found.kl_continuation)}; bootstrap 95%",
+        ),
+        _metric(
+            "perplexity", name, found.base_perplexity, found.other_perplexity, n,
+            f"of the base's own answers, up to {CONTINUATION} tokens; bootstrap 95%",
+        ),
+    ]  # fmt: skip
+
+
+def _leak(
+    base: ChatModel, edited: ChatModel, questions: Questions, direction: npt.NDArray[np.float32]
+) -> Metric:
+    """What is left of the residual stream's component along the direction, in a real forward pass."""
+    rows = base.chat.encode(questions.harmful.prompts)
+    unit, tail = torch.from_numpy(direction), len(base.chat.tail())
+    before, after = (bootstrap(leak(m, rows, unit, tail, questions.batch_size), mean) for m in (base, edited))
+    how = "RMS share |r̂ᵀh|/‖h‖ of the residual stream after every block at the template's tokens; bootstrap 95%"
+    return _metric("leak", questions.harmful.name, before, after, len(rows), how)
+
+
+def _metric(name: str, prompts: str, base: Interval | None, edited: Interval, n: int, how: str) -> Metric:
+    before = tuple(base) if base is not None else (None, None, None)
+    return Metric(name, prompts, *before, *edited, n, how)
