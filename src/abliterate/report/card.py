@@ -1,0 +1,48 @@
+"""The model card of an edited checkpoint: what was removed, how, from which base, what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from abliterate.report.figures import COLUMNS, rows
+from abliterate.report.record import RunRecord
+
+_CARD = """\
+---
+base_model: {{ r.model }}
+base_model_relation: finetune
+library_name: transformers
+tags: [abliterate, representation-engineering, directional-ablation]
+---
+
+# {{ name }}
+
+[{{ r.model }}](https://huggingface.co/{{ r.model }}) with its refusal direction projected out of the weights by
+`abliterate` {{ r.version }} (weight orthogonalisation, Arditi et al. 2024, arXiv 2406.11717). **It declines fewer
+requests than its base, including harmful ones.** Use it for research, with safeguards of your own.
+
+- direction: difference of means at layer {{ r.direction.layer }}, position {{ r.direction.position }},
+  strength {{ r.resolved.strength }}
+- edited: {{ r.edits|length }} tensors; all others are byte-identical to the base
+- largest leak of an edited matrix after the cast: {{ "%.2f"|format(100 * leak) }}%
+{% if table %}
+{{ table }}
+
+95% intervals. Test prompts were used neither to find nor to choose the direction; refusals are judged by a rule
+judge on {{ r.resolved.max_new_tokens }} greedy tokens, KL and perplexity on harmless prompts that the base answers.
+{% else %}
+Nothing was measured on this checkpoint (`--no-eval`).
+{% endif %}
+The whole record, hashes included, is in `abliteration/run.json`.
+"""
+
+
+def write_card(record: RunRecord, name: str, path: Path) -> None:
+    """Write the card as Markdown with the metadata block that model hubs read."""
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows(record.metrics)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) if record.metrics else ""
+    worst = max((e["leak"] for e in record.edits), default=0.0)
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(_CARD)  # noqa: S701
+    path.write_text(template.render(r=record, name=name, table=table, leak=worst), encoding="utf-8")

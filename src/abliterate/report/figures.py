@@ -1,0 +1,45 @@
+"""Turn metrics into words: values with intervals, what was retained. Shared by the table and the card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LABELS = {
+    "refusal_rate": "refusals, harmful prompts",
+    "false_refusal_rate": "refusals, harmless prompts",
+    "kl_first_token": "KL, first token",
+    "kl_continuation": "KL, along answer",
+    "perplexity": "perplexity of base's answers",
+    "leak": "leak in the forward pass",
+}
+COLUMNS = ("measure", "base", "edited", "retained", "n")
+
+
+def rows(metrics: list[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
+    """One row of `COLUMNS` for each metric, every value with its 95% interval."""
+    return [
+        (
+            LABELS.get(m["name"], m["name"]),
+            _value(m["name"], m["base"], m["base_low"], m["base_high"]),
+            _value(m["name"], m["edited"], m["low"], m["high"]),
+            retained(m),
+            str(m["n"]),
+        )
+        for m in metrics
+    ]
+
+
+def _value(name: str, value: float | None, low: float | None, high: float | None) -> str:
+    if value is None or low is None or high is None:
+        return "–"  # noqa: RUF001
+    if name.endswith("rate"):
+        return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def retained(metric: dict[str, Any]) -> str:
+    """How much of the base's figure is left: edited over base; for perplexity base over edited."""
+    base, edited = metric["base"], metric["edited"]
+    if base is None or edited is None or (metric["name"] != "perplexity" and not base):
+        return "–"  # noqa: RUF001
+    return f"{base / edited:.1%}" if metric["name"] == "perplexity" else f"{edited / base:.1%}"

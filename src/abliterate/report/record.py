@@ -1,0 +1,66 @@
+"""The run record: everything a reader needs to know what was done and to do it again.
+
+Owns `run.json`; never computes a figure.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run: arguments as given and as resolved, sources with hashes, direction, edits, metrics, timings.
+
+    `metrics` is a list of `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`;
+    `edits` one entry for each edited tensor with its leak after the cast; `seconds` wall time for each step.
+    """
+
+    model: str
+    model_fingerprint: str
+    given: dict[str, Any]
+    resolved: dict[str, Any]
+    prompts: dict[str, Any]
+    direction: dict[str, Any]
+    edits: list[dict[str, Any]]
+    kept: dict[str, str]
+    untouched: int
+    metrics: list[dict[str, Any]]
+    verdicts: dict[str, Any]
+    observed: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    finalists: list[dict[str, Any]] = field(default_factory=list)
+    schema: int = SCHEMA
+    tool: str = "abliterate"
+    version: str = field(default_factory=lambda: version("abliterate"))
+    python: str = field(default_factory=lambda: sys.version.split()[0])
+    packages: dict[str, str] = field(default_factory=lambda: {p: version(p) for p in _PACKAGES})
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    def metric(self, name: str) -> dict[str, Any] | None:
+        """The metric of that name, or None where it was not taken."""
+        return next((m for m in self.metrics if m["name"] == name), None)
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON stores it."""
+        return asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write the record as indented JSON."""
+        path.write_text(json.dumps(self.as_dict, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> RunRecord:
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))

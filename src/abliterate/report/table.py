@@ -1,0 +1,50 @@
+"""Print results to a terminal as tables that fit 80 columns. Knows plain results and rich, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from abliterate.report.figures import COLUMNS, rows
+from abliterate.report.record import RunRecord
+
+
+def print_metrics(console: Console, metrics: list[dict[str, Any]]) -> None:
+    """The before/after table."""
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "measure" else "right", no_wrap=column == "retained")
+    for row in rows(metrics):
+        table.add_row(*row)
+    console.print(table)
+    console.print("Values with 95% intervals, on test prompts nothing was fitted or chosen on.", style="dim")
+
+
+def print_run(console: Console, record: RunRecord, output: str) -> None:
+    """What a finished run has to say: the direction, the edit, the table, where things are."""
+    d = record.direction
+    console.print(
+        f"[bold]direction[/bold] layer {d['layer']} of {record.resolved['n_layers']}, position {d['position']}: "
+        + _scores(d["scores"])
+    )
+    worst = max((e["leak"] for e in record.edits), default=0.0)
+    console.print(
+        f"[bold]edited[/bold] {len(record.edits)} tensors, strength {record.resolved['strength']:g}, "
+        f"largest leak after the cast {worst:.2%}; {record.untouched + len(record.kept)} tensors byte-identical"
+    )
+    if record.metrics:
+        print_metrics(console, record.metrics)
+    seconds = sum(record.seconds.values())
+    console.print(f"{output}: {seconds:.0f} s, peak memory {record.peak_memory_bytes / 1e9:.1f} GB", style="dim")
+
+
+def _scores(scores: dict[str, float]) -> str:
+    if not scores:
+        return "chosen without a causal test"
+    return (
+        f"refusal score {scores['base_harmful']:.1f} → {scores['ablated']:.1f} ablated, "
+        f"harmless {scores['base_harmless']:.1f} → {scores['added']:.1f} added, KL {scores['kl']:.3f}"
+    )
