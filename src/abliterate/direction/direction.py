@@ -92,3 +92,17 @@ def candidates(harmful: ActivationStats, harmless: ActivationStats, last_layer: 
                 source = {"model": harmful.model, "harmful": harmful.prompts, "harmless": harmless.prompts}
                 found.append(Direction((r / scale).astype(np.float32), layer, position, scale, source=source))
     return found
+
+
+def most_separated(found: list[Direction], harmful: ActivationStats, harmless: ActivationStats) -> Direction:
+    """The candidate whose means lie furthest apart in units of the spread: `‖r‖² / Σ (σ²_harmful + σ²_harmless) r̂²`.
+
+    A choice without a causal test, for a model that refuses nothing to test on (`--force`).
+    """
+
+    def separation(d: Direction) -> float:
+        index = harmful.positions.index(d.position)
+        spread = harmful.variance[d.layer, index] + harmless.variance[d.layer, index]
+        return d.scale**2 / (float(spread @ d.vector.astype(np.float64) ** 2) + 1e-12)
+
+    return max(found, key=separation)

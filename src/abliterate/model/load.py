@@ -5,6 +5,8 @@ Owns the loaded model and the machine's memory; never knows prompts, refusals or
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,3 +144,9 @@ def require_memory(nbytes: int, device: torch.device) -> None:
             f"running this model needs about {nbytes / 1e9:.1f} GB of memory on {device.type}, {free / 1e9:.1f} GB are "
             "free; close other programs, use --dtype bfloat16, or skip the comparison with --no-eval"
         )
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
