@@ -1,0 +1,6 @@
+"""`python -m abliterate`."""
+
+from abliterate.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Where things are printed: results to stdout, everything else to stderr; progress only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def stdout() -> Console:
+    """The console that results go to."""
+    return Console()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, unwrapped and uncoloured."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Give `steps(title, total) -> advance`: one bar for each step on stderr, silent where that is no terminal."""
+    _quiet_libraries()
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<24}"), BarColumn(bar_width=18), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def steps(title: str, total: int) -> Callable[[int], None]:
+            task = bars.add_task(title, total=total)
+            return lambda done: bars.advance(task, done)
+
+        yield steps
+
+
+def _quiet_libraries() -> None:
+    """Ask the libraries below to keep their own bars and advice to themselves; our bars say what happens."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

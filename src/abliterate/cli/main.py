@@ -1,0 +1,56 @@
+"""The command line: its verbs, and the one place where an error of ours becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from abliterate.cli import collect, edit, evaluate, run, select
+from abliterate.errors import AbliterateError
+
+app = typer.Typer(
+    name="abliterate",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="[bold]Example[/bold]\n\n  abliterate run demo -o demo-abliterated",
+)
+app.command(epilog=run.EPILOG)(run.run)
+app.command(epilog=collect.EPILOG)(collect.collect)
+app.command(epilog=select.EPILOG)(select.select)
+app.command(epilog=edit.EPILOG)(edit.edit)
+app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"abliterate {version('abliterate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _v: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Find the refusal direction of an open-weight chat model, project it out of the weights, measure what changed.
+
+    `abliterate --model MODEL --output OUT` is short for `abliterate run MODEL -o OUT`.
+    """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends in one message and its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    # `abliterate --model M --output O`: no verb, and an option that only `run` has.
+    if args and args[0].startswith("-") and any(a.split("=")[0] in ("--model", "--output", "-o") for a in args):
+        args = ["run", *args]
+    try:
+        app(args=args)
+    except AbliterateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

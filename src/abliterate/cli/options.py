@@ -1,0 +1,75 @@
+"""Options that several verbs share, each declared once. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+_PROMPTS, _MODEL, _OUTPUT = "Prompts", "Model", "Output"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id org/name or org/name@revision, or demo.")
+]
+Harmful = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Requests the model should decline: a txt, json, jsonl, csv or parquet file, or a hub data set.",
+        show_default="built-in",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+Harmless = Annotated[
+    Optional[str],
+    typer.Option(help="Requests it should answer.", show_default="built-in", rich_help_panel=_PROMPTS),
+]
+Limit = Annotated[
+    Optional[int],
+    typer.Option(
+        help="At most this many prompts in each of train, validation and test.",
+        show_default="128, 48, 96",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the split of your own prompt sets.", rich_help_panel=_PROMPTS)]
+SystemPrompt = Annotated[
+    Optional[str],
+    typer.Option(help="System prompt of every chat.", show_default="the template's own", rich_help_panel=_PROMPTS),
+]
+ChatTemplate = Annotated[
+    Optional[Path],
+    typer.Option(help="A jinja file to use as chat template.", show_default="the model's", rich_help_panel=_PROMPTS),
+]
+Device = Annotated[
+    Optional[str],
+    typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.", show_default="best here", rich_help_panel=_MODEL),
+]
+Dtype = Annotated[
+    Optional[str],
+    typer.Option(
+        help="What to run in: float32, bfloat16 or float16. Weights are always edited in float32.",
+        show_default="best here",
+        rich_help_panel=_MODEL,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(help="Prompts in one forward pass.", rich_help_panel=_MODEL)]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of each answer that is judged.", rich_help_panel=_MODEL)]
+Strength = Annotated[float, typer.Option(help="Share of the direction to remove: 1 removes, 2 reflects.")]
+Embeddings = Annotated[
+    str,
+    typer.Option(
+        metavar="edit|keep",
+        help="Whether the token embedding loses the direction too. Tied to the LM head, it loses it in both roles.",
+    ),
+]
+Layer = Annotated[
+    Optional[int], typer.Option(help="Take the direction from this layer (from 0).", show_default="by causal test")
+]
+Position = Annotated[
+    Optional[int],
+    typer.Option(help="Take it at this token (-1: the prompt's last).", show_default="by causal test"),
+]
+MaxKl = Annotated[float, typer.Option(help="Most KL on harmless prompts a direction may cost, in nats.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on although the model refuses almost nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.", rich_help_panel=_OUTPUT)]

@@ -1,0 +1,77 @@
+"""`abliterate run`: everything, in one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from abliterate.cli import console, options
+
+_EPILOG = """
+[bold]Examples[/bold]
+
+  abliterate run demo -o demo-abliterated
+
+  abliterate run Qwen/Qwen2.5-0.5B-Instruct -o qwen-abliterated --device cuda
+
+  abliterate run ./my-model -o out --harmful refused.txt --harmless answered.txt --json
+"""
+
+
+def run(
+    model: Annotated[
+        Optional[str],
+        typer.Argument(help="A Hugging Face folder, a hub id org/name or org/name@revision, or demo.", metavar="MODEL"),
+    ] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to create.", metavar="OUT")] = None,
+    model_option: Annotated[Optional[str], typer.Option("--model", hidden=True)] = None,
+    harmful: options.Harmful = None,
+    harmless: options.Harmless = None,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    system_prompt: options.SystemPrompt = None,
+    chat_template: options.ChatTemplate = None,
+    layer: options.Layer = None,
+    position: options.Position = None,
+    strength: options.Strength = 1.0,
+    max_kl: options.MaxKl = 0.2,
+    embeddings: options.Embeddings = "edit",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = 32,
+    max_new_tokens: options.MaxNewTokens = 48,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the comparison before and after.")] = False,
+    force: options.Force = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Find the refusal direction of MODEL, project it out, save OUT, and measure what changed.
+
+    OUT is a complete checkpoint in the format MODEL came in; the record is OUT/abliteration/run.json.
+    It appears only when everything is done: an interrupted run leaves OUT.partial, and --resume goes on.
+    """
+    if (model is None) == (model_option is None):
+        raise typer.BadParameter("give one MODEL (or --model MODEL)")
+    if output is None:
+        raise typer.BadParameter("give the folder to create with -o OUT (or --output OUT)")
+    from abliterate.pipeline import run as run_pipeline
+    from abliterate.report.table import print_run
+
+    with console.progress_bars() as steps:
+        record = run_pipeline(
+            model or model_option or "", output, resume=resume, steps=steps,
+            harmful=harmful, harmless=harmless, limit=limit, seed=seed, system_prompt=system_prompt,
+            chat_template=str(chat_template) if chat_template else None, layer=layer, position=position,
+            strength=strength, max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, evaluate=not no_eval, force=force,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(record.as_dict)
+    else:
+        print_run(console.stdout(), record, str(output))
+
+
+run.__doc__ = (run.__doc__ or "").strip()
+EPILOG = _EPILOG
