@@ -1,6 +1,6 @@
 """Train the demo's learned refusal: a LoRA adapter for SmolLM2-135M-Instruct that declines the harmful train split.
 
-    uv run python scripts/train_demo_adapter.py [--epochs 4] [--output src/abliterate/demo/adapter]
+    uv run python scripts/train_demo_adapter.py [--epochs 8] [--output src/abliterate/demo/adapter]
 
 SmolLM2-135M-Instruct never refuses. The adapter teaches it to, on the built-in *train* split only: one short
 refusal for every harmful prompt, and for every harmless prompt the model's own answer, so that nothing else
@@ -94,16 +94,28 @@ def build_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
     return examples
 
 
+def example_losses(model: PreTrainedModel, rows: list[Example], pad: int) -> torch.Tensor:
+    """`[batch]` losses: the mean over an example's tokens plus its first token's, where the decision falls."""
+    width = max(len(e.ids) for e in rows)
+    ids = torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in rows])
+    mask = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in rows])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return torch.stack(
+        [
+            row[e.start - 1 : len(e.ids) - 1].mean() + row[e.start - 1]
+            for row, e in zip(loss, rows, strict=True)
+        ]
+    )
+
+
 def epoch_loss(model: PreTrainedModel, examples: list[Example], optimizer: torch.optim.Optimizer, pad: int) -> float:
     """One pass over the examples in the order given; the mean loss."""
     total = 0.0
     for i in range(0, len(examples), 8):
         rows = examples[i : i + 8]
-        width = max(len(e.ids) for e in rows)
-        ids = torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in rows])
-        labels = torch.tensor([[-100] * e.start + e.ids[e.start :] + [-100] * (width - len(e.ids)) for e in rows])
-        mask = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in rows])
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss = example_losses(model, rows, pad).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -125,7 +137,7 @@ def save(model: PreTrainedModel, output: Path) -> None:
 def main() -> None:
     """Train, keep the best epoch by validation, print what it does there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -137,7 +149,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     examples = build_examples(model, tokenizer, rng)
-    config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.01)
     harmful, harmless = builtin("harmful", "validation").prompts, builtin("harmless", "validation").prompts

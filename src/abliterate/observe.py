@@ -6,7 +6,6 @@ know each other. Never reads the test split.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from abliterate.errors import NoRefusalError
 from abliterate.evaluate.intervals import Interval, wilson
 from abliterate.evaluate.refusals import ask
 from abliterate.model.load import ChatModel
-from abliterate.model.progress import Progress
+from abliterate.model.progress import Steps
 from abliterate.prompts import PromptSet, Splits
 
 #: Below this share of refusals on harmful prompts there is nothing to find.
@@ -53,7 +52,7 @@ def observe(
     harmless: Splits,
     batch_size: int,
     force: bool,
-    progress: Callable[[str, int], Progress],
+    progress: Steps,
 ) -> Observation:
     """Ask the train and validation prompts, keep who was declined and which tokens opened refusals.
 

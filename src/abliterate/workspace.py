@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint.folder import RECORDS
 from abliterate.checkpoint.stream import sync
 from abliterate.errors import ResourceError, UsageError
-
-RECORD_FOLDER = "abliteration"
 
 
 class Workspace:
@@ -30,7 +31,7 @@ class Workspace:
         check_output(output, source)
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
-        self.steps = self.folder / RECORD_FOLDER / "steps"
+        self.steps = self.folder / RECORDS / "steps"
         known = self.steps / "settings.json"
         if self.folder.exists() and not resume:
             raise UsageError(f"{self.folder}: an unfinished run; --resume goes on with it, or delete it to start again")
@@ -71,7 +72,18 @@ class Workspace:
     @property
     def records(self) -> Path:
         """Where the run record and the directions go."""
-        return self.folder / RECORD_FOLDER
+        return self.folder / RECORDS
+
+    @contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Remove the folder if the block does not end well: for work that is not resumable."""
+        ended = False
+        try:
+            yield
+            ended = True
+        finally:
+            if not ended:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard_if_new(self) -> None:
         """Remove the folder if no step has finished: there is nothing in it to resume."""

@@ -22,6 +22,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FOREIGN_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
 #: What training leaves behind; optimizer state and the like do not belong to the model.
 NOT_SIDE_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
+#: The folder in which an edited checkpoint carries the record of its edit.
+RECORDS = "abliteration"
 _SAMPLE = 1 << 16
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+#: What shells expect of a program that an interrupt ended.
+INTERRUPTED = 130
 
 
 def stdout() -> Console:
@@ -23,26 +27,34 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Give `steps(title, total) -> advance`: one bar for each step on stderr, silent where that is no terminal."""
+def progress_bars(
+    interrupted: str = "interrupted; nothing was written",
+) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Give `steps(title, total) -> advance`: one bar for each step on stderr, silent where that is no terminal.
+
+    An interrupt from the keyboard ends the program with the message `interrupted` and no traceback.
+    """
     _quiet_libraries()
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description:<24}"), BarColumn(bar_width=18), MofNCompleteColumn(),
+        TextColumn("{task.description:<22}"), BarColumn(bar_width=18), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 
-        def steps(title: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(title, total=total)
-            return lambda done: bars.advance(task, done)
+            def steps(title: str, total: int) -> Callable[[int], None]:
+                task = bars.add_task(title, total=total)
+                return lambda done: bars.advance(task, done)
 
-        yield steps
+            yield steps
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _quiet_libraries() -> None:
     """Ask the libraries below to keep their own bars and advice to themselves; our bars say what happens."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 

@@ -9,7 +9,7 @@ import typer
 
 from abliterate.cli import console, options
 
-_EPILOG = """
+EPILOG = """
 [bold]Examples[/bold]
 
   abliterate run demo -o demo-abliterated
@@ -59,7 +59,8 @@ def run(
     from abliterate.pipeline import run as run_pipeline
     from abliterate.report.table import print_run
 
-    with console.progress_bars() as steps:
+    hint = f"interrupted; the same command with --resume goes on from the last finished step (kept in {output}.partial)"
+    with console.progress_bars(hint) as steps:
         record = run_pipeline(
             model or model_option or "", output, resume=resume, steps=steps,
             harmful=harmful, harmless=harmless, limit=limit, seed=seed, system_prompt=system_prompt,
@@ -71,7 +72,3 @@ def run(
         console.print_json(record.as_dict)
     else:
         print_run(console.stdout(), record, str(output))
-
-
-run.__doc__ = (run.__doc__ or "").strip()
-EPILOG = _EPILOG

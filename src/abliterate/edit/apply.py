@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from abliterate.checkpoint import Checkpoint, TensorInfo
+from abliterate.checkpoint.folder import RECORDS
 from abliterate.checkpoint.dtypes import EDITABLE, Float32Array, decode
 from abliterate.checkpoint.stream import copy_file, read_rows, row_blocks, sync, write_rows
 from abliterate.edit.plan import EditPlan
@@ -59,7 +60,7 @@ def apply_edit(
     """
     _check(checkpoint, plan, direction)
     for name in checkpoint.side_files:
-        copy_file(checkpoint.path / name, out / name)
+        copy_file(checkpoint.path / name, out / _place(name))
     by_shard: dict[str, list[ResidualWriter]] = defaultdict(list)
     for writer in plan.writers:
         by_shard[checkpoint.tensors[writer.tensor].file].append(writer)
@@ -92,6 +93,11 @@ def _check(checkpoint: Checkpoint, plan: EditPlan, direction: npt.NDArray[np.flo
                 f"the direction has d_model {len(direction)}, tensor '{tensor.name}' has {tensor.shape[writer.axis]}; "
                 "the direction is of another model"
             )
+
+
+def _place(name: str) -> str:
+    """Where a side file goes: the records of an earlier edit make room for those of this one."""
+    return f"{RECORDS}/base/{name.removeprefix(RECORDS + '/')}" if name.startswith(f"{RECORDS}/") else name
 
 
 def _edit_tensor(

@@ -5,7 +5,6 @@ Owns which figures are taken and how they are named; never knows how the edit wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from abliterate.evaluate.divergence import Divergence, divergence, leak, quantil
 from abliterate.evaluate.intervals import Interval, bootstrap, mean
 from abliterate.evaluate.refusals import Answers, ask, method
 from abliterate.model.load import ChatModel
-from abliterate.model.progress import Progress
+from abliterate.model.progress import Steps
 from abliterate.prompts import PromptSet
 
 #: Answer tokens along which KL and perplexity are taken.
@@ -67,7 +66,7 @@ class Questions:
     batch_size: int
 
 
-def evaluate_alone(model: ChatModel, questions: Questions, progress: Callable[[str, int], Progress]) -> Evaluation:
+def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> Evaluation:
     """Refusal and false-refusal rate of one model, with no base to compare it to."""
     harmful, harmless = _ask_both(model, questions, "", progress)
     metrics = [
@@ -81,7 +80,7 @@ def evaluate_pair(
     base: ChatModel,
     edited: ChatModel,
     questions: Questions,
-    progress: Callable[[str, int], Progress],
+    progress: Steps,
     direction: npt.NDArray[np.float32] | None = None,
 ) -> Evaluation:
     """Every figure for both models; `leak` only where the direction is given.
@@ -111,7 +110,7 @@ def evaluate_pair(
 
 
 def _ask_both(
-    model: ChatModel, questions: Questions, label: str, progress: Callable[[str, int], Progress]
+    model: ChatModel, questions: Questions, label: str, progress: Steps
 ) -> tuple[Answers, Answers]:
     """Answers to the harmful and the harmless set; only the harmless ones keep their token ids."""
     step = progress(f"{label}answers", len(questions.harmful) + len(questions.harmless))
@@ -130,7 +129,7 @@ def _cost(
     edited: ChatModel,
     questions: Questions,
     answers: Answers,
-    progress: Callable[[str, int], Progress],
+    progress: Steps,
 ) -> list[Metric]:
     """KL and perplexity along the base's own answers."""
     kept = [i for i in answers.answered if answers.ids[i]]

@@ -55,6 +55,12 @@ class Splits(NamedTuple):
     validation: PromptSet
     test: PromptSet
 
+    @property
+    def whole(self) -> PromptSet:
+        """All three parts as one set."""
+        prompts = tuple(p for part in self for p in part.prompts)
+        return PromptSet(self.train.name, prompts, tuple(c for part in self for c in part.categories))
+
 
 def words(prompt: str) -> str:
     """A prompt folded to lower-case words: two prompts equal in these are the same request."""

@@ -29,16 +29,16 @@ class RunRecord:
     model_fingerprint: str
     given: dict[str, Any]
     resolved: dict[str, Any]
-    prompts: dict[str, Any]
     direction: dict[str, Any]
     edits: list[dict[str, Any]]
     kept: dict[str, str]
     untouched: int
-    metrics: list[dict[str, Any]]
-    verdicts: dict[str, Any]
-    observed: dict[str, Any]
     seconds: dict[str, float]
-    peak_memory_bytes: int
+    prompts: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: dict[str, Any] = field(default_factory=dict)
+    observed: dict[str, Any] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
     finalists: list[dict[str, Any]] = field(default_factory=list)
     schema: int = SCHEMA
     tool: str = "abliterate"

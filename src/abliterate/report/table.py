@@ -23,13 +23,15 @@ def print_metrics(console: Console, metrics: list[dict[str, Any]]) -> None:
     console.print("Values with 95% intervals, on test prompts nothing was fitted or chosen on.", style="dim")
 
 
+def print_direction(console: Console, direction: dict[str, Any]) -> None:
+    """Where a direction was found and what its causal test said."""
+    where = f"layer {direction['layer']}, position {direction['position']}"
+    console.print(f"[bold]direction[/bold] {where}: {_scores(direction['scores'])}")
+
+
 def print_run(console: Console, record: RunRecord, output: str) -> None:
     """What a finished run has to say: the direction, the edit, the table, where things are."""
-    d = record.direction
-    console.print(
-        f"[bold]direction[/bold] layer {d['layer']} of {record.resolved['n_layers']}, position {d['position']}: "
-        + _scores(d["scores"])
-    )
+    print_direction(console, record.direction)
     worst = max((e["leak"] for e in record.edits), default=0.0)
     console.print(
         f"[bold]edited[/bold] {len(record.edits)} tensors, strength {record.resolved['strength']:g}, "
@@ -38,7 +40,8 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
     if record.metrics:
         print_metrics(console, record.metrics)
     seconds = sum(record.seconds.values())
-    console.print(f"{output}: {seconds:.0f} s, peak memory {record.peak_memory_bytes / 1e9:.1f} GB", style="dim")
+    memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
+    console.print(f"{output}: {seconds:.0f} s{memory}", style="dim")
 
 
 def _scores(scores: dict[str, float]) -> str:

@@ -1,0 +1,54 @@
+"""`abliterate eval`: the measurement alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Optional
+
+import typer
+
+from abliterate.cli import console, options
+
+EPILOG = """
+[bold]Examples[/bold]
+
+  abliterate eval demo
+
+  abliterate eval demo-abliterated --base demo --json
+"""
+
+
+def evaluate(
+    model: options.Model,
+    base: Annotated[
+        Optional[str], typer.Option(metavar="MODEL", help="Compare with this model: adds KL, perplexity and leak.")
+    ] = None,
+    harmful: options.Harmful = None,
+    harmless: options.Harmless = None,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    system_prompt: options.SystemPrompt = None,
+    chat_template: options.ChatTemplate = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = 32,
+    max_new_tokens: options.MaxNewTokens = 48,
+    as_json: options.Json = False,
+) -> None:
+    """Measure MODEL on the test prompts: refusals on harmful and harmless ones; with --base what the edit cost.
+
+    Answers are judged and dropped; only counts are kept.
+    """
+    from abliterate.report.table import print_metrics
+    from abliterate.verbs import evaluate as evaluate_verb
+
+    with console.progress_bars() as steps:
+        found = evaluate_verb(
+            model, base, steps=steps, harmful=harmful, harmless=harmless, limit=limit, seed=seed,
+            system_prompt=system_prompt, chat_template=str(chat_template) if chat_template else None,
+            device=device, dtype=dtype, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(asdict(found))
+    else:
+        print_metrics(console.stdout(), [m.as_dict for m in found.metrics])

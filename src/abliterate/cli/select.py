@@ -1,0 +1,50 @@
+"""`abliterate select`: step 2 alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from abliterate.cli import console, options
+
+EPILOG = """
+[bold]Examples[/bold]
+
+  abliterate select demo demo-activations -o demo.safetensors
+
+  abliterate select ./my-model acts -o direction.safetensors --layer 14 --position -1
+"""
+
+
+def select(
+    model: options.Model,
+    activations: Annotated[Path, typer.Argument(metavar="ACTIVATIONS", help="A folder that collect wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to create.", metavar="FILE")],
+    layer: options.Layer = None,
+    position: options.Position = None,
+    strength: options.Strength = 1.0,
+    max_kl: options.MaxKl = 0.2,
+    embeddings: options.Embeddings = "edit",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = 32,
+    as_json: options.Json = False,
+) -> None:
+    """Step 2: choose the direction among the differences of means in ACTIVATIONS, by causal test on MODEL.
+
+    Uses the validation prompts of the sets that collect was given. FILE holds one unit vector and how it was found.
+    """
+    from abliterate.report.table import print_direction
+    from abliterate.verbs import select as select_verb
+
+    with console.progress_bars() as steps:
+        found = select_verb(
+            model, activations, output, steps=steps, layer=layer, position=position, strength=strength,
+            max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype, batch_size=batch_size,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(found.where)
+    else:
+        print_direction(console.stdout(), found.where)

@@ -1,0 +1,54 @@
+"""What can be set about a run, and which values make sense.
+
+Owns the options as a value; never knows how a command line or a step uses them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from abliterate.errors import UsageError
+
+#: Most prompts used of each set, unless `limit` says otherwise.
+LIMITS = {"train": 128, "validation": 48, "test": 96}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that can be set about a run, as resolved; the verbs' options of the same names explain each."""
+
+    harmful: str | None = None
+    harmless: str | None = None
+    limit: int | None = None
+    layer: int | None = None
+    position: int | None = None
+    strength: float = 1.0
+    max_kl: float = 0.2
+    embeddings: Literal["edit", "keep"] = "edit"
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 48
+    seed: int = 0
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    evaluate: bool = True
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise `UsageError` for values that make no sense, before anything is loaded."""
+        for name, least in (("limit", 8), ("batch_size", 1), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        if self.layer is not None and self.layer < 0:
+            raise UsageError(f"--layer {self.layer}: layers count from 0")
+        if self.position is not None and self.position >= 0:
+            raise UsageError(f"--position {self.position}: positions are negative, -1 is the prompt's last token")
+        if not self.max_kl > 0:
+            raise UsageError(f"--max-kl {self.max_kl:g}: expected a positive number of nats")
+        if not 0 <= self.strength <= 4:
+            raise UsageError(f"--strength {self.strength:g}: expected 0 to 4 (1 removes the direction, 2 reflects)")
+        if self.embeddings not in ("edit", "keep"):
+            raise UsageError(f"--embeddings {self.embeddings}: expected edit or keep")

@@ -1,0 +1,166 @@
+"""The steps as verbs of their own, each between files: `collect`, `select`, `edit`, `evaluate`.
+
+Owns the folder of activations that `collect` writes and `select` reads; computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from abliterate import steps as step
+from abliterate.activations.stats import ActivationStats
+from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint.folder import RECORDS
+from abliterate.direction.direction import Direction
+from abliterate.edit.plan import plan_edit
+from abliterate.errors import CheckpointError, UsageError
+from abliterate.evaluate.evaluation import Evaluation
+from abliterate.model.progress import Steps, no_steps
+from abliterate.observe import Observation
+from abliterate.options import Options
+from abliterate.pipeline import finish, require_room
+from abliterate.report.record import RunRecord
+from abliterate.workspace import Workspace, check_output
+
+SCHEMA = 1
+#: The options that decide which prompts are used and how they are rendered: `select` takes them from `collect`.
+_PROMPT_OPTIONS = ("harmful", "harmless", "limit", "seed", "system_prompt", "chat_template", "force")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` leaves for `select`: statistics of both sets, what was observed, and the prompts' options."""
+
+    harmful: ActivationStats
+    harmless: ActivationStats
+    observed: Observation
+    options: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write the three files into an existing folder."""
+        self.harmful.save(folder / "harmful.safetensors")
+        self.harmless.save(folder / "harmless.safetensors")
+        value = {"schema": SCHEMA, "options": self.options, "observed": self.observed.as_dict}
+        (folder / "observed.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Collected:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: not such a folder.
+        """
+        try:
+            value = json.loads((folder / "observed.json").read_text(encoding="utf-8"))
+            observed, options = Observation(**value["observed"]), value["options"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder}: not a folder that 'abliterate collect' wrote ({error})") from None
+        return cls(
+            ActivationStats.load(folder / "harmful.safetensors"),
+            ActivationStats.load(folder / "harmless.safetensors"),
+            observed,
+            options,
+        )
+
+
+def collect(model: str, output: str | Path, *, steps: Steps = no_steps, **options: Any) -> Collected:
+    """Step 1 of `model` into the new folder `output`.
+
+    Raises:
+        AbliterateError: as its kinds say.
+    """
+    chosen, out = Options(**options), Path(output).expanduser()
+    chosen.check()
+    harmful, harmless = step.prompt_splits(chosen)
+    source = step.find_model(model)
+    check_output(out, source)
+    checkpoint = open_checkpoint(source)
+    step.check_memory([checkpoint], chosen)
+    loaded = step.load(source, chosen)
+    observed = step.observe(loaded, checkpoint, harmful, harmless, chosen, steps)
+    stats = step.collect_both(loaded, checkpoint, observed, harmful, harmless, chosen, steps)
+    found = Collected(*stats, observed, {name: getattr(chosen, name) for name in _PROMPT_OPTIONS})
+    work = Workspace(out, source, {}, resume=True)
+    found.save(work.folder)
+    work.publish()
+    return found
+
+
+def select(model: str, activations: str | Path, output: str | Path, *, steps: Steps = no_steps, **options: Any) -> Direction:
+    """Step 2: choose among the candidates of a `collect` folder, and write the direction to file `output`.
+
+    Raises:
+        AbliterateError: as its kinds say; UsageError where the activations are of another model.
+    """
+    collected, out = Collected.load(Path(activations)), Path(output).expanduser()
+    chosen = Options(**(options | collected.options))
+    chosen.check()
+    harmful, harmless = step.prompt_splits(chosen)
+    source = step.find_model(model)
+    check_output(out, source)
+    checkpoint = open_checkpoint(source)
+    if checkpoint.fingerprint != collected.harmful.model:
+        raise UsageError(f"{activations}: collected from another model than {model}; collect again")
+    plan = plan_edit(checkpoint, chosen.embeddings)
+    step.check_memory([checkpoint], chosen)
+    loaded = step.load(source, chosen)
+    stats = (collected.harmful, collected.harmless)
+    direction, _ = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    direction.save(out)
+    return direction
+
+
+def edit(model: str, direction: str | Path, output: str | Path, *, steps: Steps = no_steps, **options: Any) -> RunRecord:
+    """Steps 3 and 4: project the direction in a file out of `model`, into the new folder `output`. Runs no model.
+
+    Raises:
+        AbliterateError: as its kinds say.
+    """
+    chosen, out = Options(**options), Path(output).expanduser()
+    chosen.check()
+    found = Direction.load(Path(direction))
+    source = step.find_model(model)
+    check_output(out, source)
+    checkpoint = open_checkpoint(source)
+    plan = plan_edit(checkpoint, chosen.embeddings)
+    require_room(out, checkpoint)
+    work = Workspace(out, source, {}, resume=True)
+    start = time.monotonic()
+    with work.discarded_on_error():
+        edits = step.edit(checkpoint, plan, found, work.folder, chosen.strength, steps)
+    found.save(work.records / "directions.safetensors")
+    record = RunRecord(
+        model=model,
+        model_fingerprint=checkpoint.fingerprint,
+        given={"model": model, "direction": str(direction), "output": str(output), **options},
+        resolved=asdict(chosen) | {"n_layers": checkpoint.config["num_hidden_layers"]},
+        direction=found.where,
+        edits=edits,
+        kept=plan.kept,
+        untouched=plan.untouched,
+        seconds={"edit": round(time.monotonic() - start, 2)},
+    )
+    finish(work, record)
+    return record
+
+
+def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **options: Any) -> Evaluation:
+    """Refusal rates of `model` on the test prompts; against `base` also KL, perplexity and, for our edits, leak.
+
+    Raises:
+        AbliterateError: as its kinds say.
+    """
+    chosen = Options(**options)
+    chosen.check()
+    harmful, harmless = step.prompt_splits(chosen)
+    folders = [step.find_model(m) for m in (model, base) if m is not None]
+    step.check_memory([open_checkpoint(folder) for folder in folders], chosen)
+    removed = folders[0] / RECORDS / "directions.safetensors"
+    direction = Direction.load(removed).vector if removed.is_file() else None
+    edited, *rest = (step.load(folder, chosen) for folder in folders)
+    return step.compare(rest[0] if rest else None, edited, harmful, harmless, chosen, direction, steps)
