@@ -51,7 +51,9 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 @torch.inference_mode()
-def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new: int) -> list[list[int]]:
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new: int
+) -> list[list[int]]:
     """The model's greedy answers as token ids, in the order of the prompts."""
     out: list[list[int]] = []
     for i in range(0, len(prompts), 36):
@@ -68,7 +70,9 @@ def refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
     return sum(judge(text).is_refusal for text in texts) / len(texts)
 
 
-def harmless_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, own: list[int]) -> list[int]:
+def harmless_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, own: list[int]
+) -> list[int]:
     """The model's own answer, or where that declines, one it gives after being pushed off the apology."""
     if not judge(tokenizer.decode(own)).is_refusal and not tokenizer.decode(own).lower().startswith("i'm sorry"):
         return own
@@ -103,10 +107,7 @@ def example_losses(model: PreTrainedModel, rows: list[Example], pad: int) -> tor
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return torch.stack(
-        [
-            row[e.start - 1 : len(e.ids) - 1].mean() + row[e.start - 1]
-            for row, e in zip(loss, rows, strict=True)
-        ]
+        [row[e.start - 1 : len(e.ids) - 1].mean() + row[e.start - 1] for row, e in zip(loss, rows, strict=True)]
     )
 
 
@@ -149,7 +150,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     examples = build_examples(model, tokenizer, rng)
-    config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.01)
     harmful, harmless = builtin("harmful", "validation").prompts, builtin("harmless", "validation").prompts
@@ -162,7 +165,9 @@ def main() -> None:
         loss = epoch_loss(model, examples, optimizer, tokenizer.pad_token_id)
         model.eval()
         hit, false = refused(model, tokenizer, list(harmful)), refused(model, tokenizer, list(harmless))
-        print(f"epoch {epoch}: loss {loss:.3f}, validation refusals {hit:.1%} harmful, {false:.1%} harmless", flush=True)
+        print(
+            f"epoch {epoch}: loss {loss:.3f}, validation refusals {hit:.1%} harmful, {false:.1%} harmless", flush=True
+        )
         if hit - 2 * false > best:
             best = hit - 2 * false
             save(model, args.output)

@@ -75,15 +75,15 @@ def observe(
             f"no refusal to find (at least {LEAST_RATE:.0%} are needed); --force goes on with all prompts"
         )
     if too_few:
-        everyone = [list(range(len(s))) for s in sets]
-        return Observation(*everyone, tokens=[], refused=len(declined), asked=asked)
-    kept = [answers[0].refused, answers[1].refused, answers[2].answered, answers[3].answered]
-    if len(kept[2]) < 2 or not kept[3]:
+        a, b, c, d = (list(range(len(s))) for s in sets)
+        return Observation(a, b, c, d, tokens=[], refused=len(declined), asked=asked)
+    a, b, c, d = answers[0].refused, answers[1].refused, answers[2].answered, answers[3].answered
+    if len(c) < 2 or not d:
         raise NoRefusalError(
             "the model declines or garbles nearly every harmless prompt too, so the two sets do not contrast; "
             "give another set with --harmless"
         )
-    return Observation(*kept, tokens=refusal_tokens(declined, answered), refused=len(declined), asked=asked)
+    return Observation(a, b, c, d, tokens=refusal_tokens(declined, answered), refused=len(declined), asked=asked)
 
 
 def contrast(observed: Observation, harmful: Splits, harmless: Splits) -> tuple[PromptSet, PromptSet]:

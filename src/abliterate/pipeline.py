@@ -28,9 +28,7 @@ from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output
 
 
-def run(
-    model: str, output: str | Path, *, resume: bool = False, steps: Steps = no_steps, **options: Any
-) -> RunRecord:
+def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = no_steps, **options: Any) -> RunRecord:
     """Find the refusal direction of `model`, project it out, save the result to `output`, measure what changed.
 
     Takes the fields of `Options` as keywords. `output` appears only when all is done; an interrupted run
@@ -112,9 +110,7 @@ class _Run:
         o = self.options
 
         def compute() -> None:
-            both = step.collect_both(
-                self.base, self.checkpoint, observed, self.harmful, self.harmless, o, self.steps
-            )
+            both = step.collect_both(self.base, self.checkpoint, observed, self.harmful, self.harmless, o, self.steps)
             for stats, path in zip(both, paths, strict=True):
                 stats.save(path)
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from abliterate import observe as observing
 from abliterate.activations.collect import collect
 from abliterate.activations.stats import ActivationStats
-from abliterate.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from abliterate.checkpoint import Checkpoint, resolve_model
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction import choose as choosing
 from abliterate.direction.direction import Direction, candidates, most_separated

@@ -90,7 +90,9 @@ def collect(model: str, output: str | Path, *, steps: Steps = no_steps, **option
     return found
 
 
-def select(model: str, activations: str | Path, output: str | Path, *, steps: Steps = no_steps, **options: Any) -> Direction:
+def select(
+    model: str, activations: str | Path, output: str | Path, *, steps: Steps = no_steps, **options: Any
+) -> Direction:
     """Step 2: choose among the candidates of a `collect` folder, and write the direction to file `output`.
 
     Raises:
@@ -115,7 +117,9 @@ def select(model: str, activations: str | Path, output: str | Path, *, steps: St
     return direction
 
 
-def edit(model: str, direction: str | Path, output: str | Path, *, steps: Steps = no_steps, **options: Any) -> RunRecord:
+def edit(
+    model: str, direction: str | Path, output: str | Path, *, steps: Steps = no_steps, **options: Any
+) -> RunRecord:
     """Steps 3 and 4: project the direction in a file out of `model`, into the new folder `output`. Runs no model.
 
     Raises:

@@ -6,7 +6,6 @@ Owns where results go and which steps are done; never knows what a step computes
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +66,7 @@ class Workspace:
         partial = target.with_suffix(".tmp")
         partial.write_text(json.dumps(value), encoding="utf-8")
         sync(partial)
-        os.replace(partial, target)
+        partial.replace(target)
 
     @property
     def records(self) -> Path:
@@ -99,7 +98,7 @@ class Workspace:
         shutil.rmtree(self.steps)
         if self.output.exists():
             raise UsageError(f"{self.output}: appeared while the run lasted; the result is in {self.folder}")
-        os.rename(self.folder, self.output)
+        self.folder.rename(self.output)
         sync(self.output.parent)
 
 

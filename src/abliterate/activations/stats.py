@@ -80,5 +80,6 @@ class ActivationStats:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read as activation statistics ({error})") from None
         return cls(
-            meta["site"], tuple(json.loads(meta["positions"])), int(meta["count"]), mean, m2, meta["prompts"], meta["model"]
+            meta["site"], tuple(json.loads(meta["positions"])), int(meta["count"]), mean, m2,
+            meta["prompts"], meta["model"],
         )  # fmt: skip

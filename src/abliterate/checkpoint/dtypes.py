@@ -5,6 +5,8 @@ Owns bits and bytes only; never knows what a tensor means.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,7 +22,12 @@ BITS: dict[str, int] = {
 #: The types whose tensors can be edited: float32 holds their values, or all the digits an edit needs.
 EDITABLE = ("F32", "F16", "BF16", "F64")
 
-_NATIVE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8"), "BF16": np.dtype("<u2")}
+_NATIVE: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
 
 
 def itemsize(dtype: str) -> int:
@@ -30,10 +37,11 @@ def itemsize(dtype: str) -> int:
 
 def decode(raw: bytes | memoryview, dtype: str) -> Float32Array:
     """The flat float32 values of little-endian `raw` bytes stored as `dtype`."""
-    stored = np.frombuffer(raw, dtype=_NATIVE[dtype])
-    if dtype == "BF16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
+    stored: npt.NDArray[Any] = np.frombuffer(raw, dtype=_NATIVE[dtype])
+    values: Float32Array = (
+        (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else stored.astype(np.float32)
+    )
+    return values
 
 
 def encode(values: Float32Array, dtype: str) -> bytes:

@@ -124,8 +124,8 @@ def _shard_names(path: Path, files: list[str]) -> tuple[str, ...]:
         pickles = [f for f in files if f.endswith(PICKLES) and f not in NOT_SIDE_FILES]
         if pickles:
             raise UnsupportedError(
-                f"{path}: weights are pickled ({pickles[0]}), which runs code on loading, and are refused; convert with "
-                "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+                f"{path}: weights are pickled ({pickles[0]}), which runs code on loading, and are refused; convert "
+                "with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
             )
         if any(f.endswith(".gguf") for f in files):
             raise UnsupportedError(f"{path}: only GGUF weights; give the model's safetensors checkpoint")

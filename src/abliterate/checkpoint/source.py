@@ -31,7 +31,7 @@ def resolve_model(model: str) -> Path:
         raise UnsupportedError(f"{model}: GGUF files cannot be edited yet; give the model's safetensors checkpoint")
     if path.is_file():
         raise CheckpointError(f"{model}: a file; expected the checkpoint folder that holds it and its config.json")
-    if _HUB_ID.fullmatch(model) is None or path.parent.is_dir() and path.parent != Path("."):
+    if _HUB_ID.fullmatch(model) is None or (path.parent.is_dir() and str(path.parent) != "."):
         raise CheckpointError(
             f"{model}: no such folder, and not a hub id (org/name or org/name@revision); check the path"
         )
@@ -40,8 +40,8 @@ def resolve_model(model: str) -> Path:
 
 def download(hub_id: str, repo_type: str = "model") -> Path:
     """The cached snapshot folder of a hub id with an optional `@revision`, fetched where it is not complete."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     name, _, revision = hub_id.partition("@")
     try:

@@ -91,8 +91,8 @@ def _pick(scored: list[Direction], base_harmful: float, base_harmless: float, ma
     causes = [d for d in falls if d.scores["added"] > 0] or [d for d in falls if d.scores["added"] > base_harmless]
     if not causes:
         raise VerifyError(
-            f"no candidate direction raises the refusal score of harmless prompts when added (base {base_harmless:.2f}); "
-            "what was found is a correlate of refusal, not its cause"
+            "no candidate direction raises the refusal score of harmless prompts when added "
+            f"(base {base_harmless:.2f}); what was found is a correlate of refusal, not its cause"
         )
     cheap = [d for d in causes if d.scores["kl"] <= max_kl]
     if not cheap:

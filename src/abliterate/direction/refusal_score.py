@@ -36,8 +36,8 @@ def refusal_tokens(declined: list[int], answered: list[int]) -> list[int]:
             found.append(token)
     if not found:
         raise NoRefusalError(
-            "the model's refusals and answers open with the same tokens, so a first-token score cannot tell them apart; "
-            "choose a direction yourself with --layer and --position"
+            "the model's refusals and answers open with the same tokens, so a first-token score cannot tell them "
+            "apart; choose a direction yourself with --layer and --position"
         )
     return sorted(found)
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from abliterate.checkpoint import Checkpoint, TensorInfo
-from abliterate.checkpoint.folder import RECORDS
 from abliterate.checkpoint.dtypes import EDITABLE, Float32Array, decode
+from abliterate.checkpoint.folder import RECORDS
 from abliterate.checkpoint.stream import copy_file, read_rows, row_blocks, sync, write_rows
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removed, normalise, project_columns, project_rows
@@ -119,9 +119,7 @@ def _edit_tensor(
     d = normalise(direction, _gain(checkpoint, writer))
     project = project_columns if writer.axis == 0 else project_rows
     done: Removed = project(blocks, store, d, strength)
-    return EditRecord(
-        writer.tensor, writer.role, writer.layer, done.norm, done.removed, done.leak, digest.hexdigest()
-    )
+    return EditRecord(writer.tensor, writer.role, writer.layer, done.norm, done.removed, done.leak, digest.hexdigest())
 
 
 def _gain(checkpoint: Checkpoint, writer: ResidualWriter) -> Float32Array | None:

@@ -27,9 +27,7 @@ class EditPlan:
     @property
     def sites(self) -> list[WriterSite]:
         """The same edit as places to hook in the running model, one for each module."""
-        sites = {
-            (w.layer, w.module): WriterSite(w.layer, w.module, w.gain_module, w.gain_offset) for w in self.writers
-        }
+        sites = {(w.layer, w.module): WriterSite(w.layer, w.module, w.gain_module, w.gain_offset) for w in self.writers}
         found = list(sites.values())
         if any(w.tied_to for w in self.writers):
             found.append(WriterSite(None, "head"))

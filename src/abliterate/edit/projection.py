@@ -31,7 +31,9 @@ def normalise(vector: Float32Array, gain: Float32Array | None = None) -> Float32
 
     The stream receives `g ⊙ W x / rms(W x)`, so its component along `r̂` is `(g ⊙ r̂)ᵀ W x` up to a scalar.
     """
-    wide = vector.astype(np.float64) * (1.0 if gain is None else gain.astype(np.float64))
+    wide = vector.astype(np.float64)
+    if gain is not None:
+        wide = wide * gain
     return (wide / np.linalg.norm(wide)).astype(np.float32)
 
 
@@ -59,7 +61,7 @@ def project_rows(blocks: Blocks, store: Store, d: Float32Array, strength: float)
     norm = removed = left = 0.0
     for start, rows in blocks():
         c = rows @ d
-        stored = store(start, rows - np.float32(strength) * np.outer(c, d))
+        stored = store(start, rows - np.outer(np.float32(strength) * c, d))
         rest = stored @ d
         norm += float(np.vdot(rows, rows))
         removed += float(np.vdot(c, c))

@@ -129,7 +129,9 @@ def _check_complete(checkpoint: Checkpoint, writers: list[ResidualWriter]) -> No
     problems += [f"{w.gain} (missing)" for w in writers if w.gain is not None and w.gain not in checkpoint.tensors]
     have = {(w.layer, w.module) for w in writers if w.tensor.endswith(".weight")}
     expected = [(layer, module) for layer in range(int(n_layers or 0)) for module in _WRITERS]
-    problems += [f"layers.{layer}.{module}.weight (missing)" for layer, module in expected if (layer, module) not in have]
+    problems += [
+        f"layers.{layer}.{module}.weight (missing)" for layer, module in expected if (layer, module) not in have
+    ]
     if (None, "embed") not in have:
         problems.append("embed_tokens.weight (missing)")
     if not n_layers or not d_model or problems:

@@ -97,7 +97,9 @@ def quantiles(values: Float64Array) -> str:
 
 
 @torch.inference_mode()
-def leak(model: ChatModel, rows: list[list[int]], direction: torch.Tensor, n_positions: int, batch_size: int) -> Float64Array:
+def leak(
+    model: ChatModel, rows: list[list[int]], direction: torch.Tensor, n_positions: int, batch_size: int
+) -> Float64Array:
     """`[n]` root mean square over layers and template tokens of `r̂ᵀh / ‖h‖` in a real forward pass, per prompt.
 
     Zero where nothing writes along `r̂`; 1/√d_model is what a random direction shows.

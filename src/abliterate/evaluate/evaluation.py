@@ -109,9 +109,7 @@ def evaluate_pair(
     return Evaluation(tuple(metrics), verdicts)
 
 
-def _ask_both(
-    model: ChatModel, questions: Questions, label: str, progress: Steps
-) -> tuple[Answers, Answers]:
+def _ask_both(model: ChatModel, questions: Questions, label: str, progress: Steps) -> tuple[Answers, Answers]:
     """Answers to the harmful and the harmless set; only the harmless ones keep their token ids."""
     step = progress(f"{label}answers", len(questions.harmful) + len(questions.harmless))
     budget, size = questions.max_new_tokens, questions.batch_size
@@ -157,9 +155,7 @@ def _cost(
     ]  # fmt: skip
 
 
-def _leak(
-    base: ChatModel, edited: ChatModel, questions: Questions, direction: npt.NDArray[np.float32]
-) -> Metric:
+def _leak(base: ChatModel, edited: ChatModel, questions: Questions, direction: npt.NDArray[np.float32]) -> Metric:
     """What is left of the residual stream's component along the direction, in a real forward pass."""
     rows = base.chat.encode(questions.harmful.prompts)
     unit, tail = torch.from_numpy(direction), len(base.chat.tail())
@@ -169,5 +165,5 @@ def _leak(
 
 
 def _metric(name: str, prompts: str, base: Interval | None, edited: Interval, n: int, how: str) -> Metric:
-    before = tuple(base) if base is not None else (None, None, None)
-    return Metric(name, prompts, *before, *edited, n, how)
+    value, low, high = base if base is not None else (None, None, None)
+    return Metric(name, prompts, value, low, high, *edited, n, how)

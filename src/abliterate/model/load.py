@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from abliterate.errors import ResourceError, UnsupportedError, UsageError
 from abliterate.model.chat import ChatFormat, load_tokenizer
@@ -64,7 +64,7 @@ class ChatModel:
     @cached_property
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer."""
-        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = self.model.generation_config.eos_token_id
         found = set(ids if isinstance(ids, list) else [ids]) | {self.chat.tokenizer.eos_token_id}
         return sorted(i for i in found if isinstance(i, int))
 
@@ -89,7 +89,11 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, where))
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(f"{folder}: transformers cannot load this model ({str(error)[:200]})") from None
-    model.to(where).eval().requires_grad_(False)
+    # Only the stop tokens of the checkpoint's own generation settings are kept: a repetition penalty or a
+    # temperature that a release ships would otherwise shape the answers that are judged.
+    stop = model.generation_config.eos_token_id if model.generation_config else None
+    model.generation_config = GenerationConfig(eos_token_id=stop)
+    nn.Module.to(model, where).eval().requires_grad_(False)
     return ChatModel(model, ChatFormat(tokenizer, system_prompt))
 
 

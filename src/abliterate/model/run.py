@@ -15,6 +15,7 @@ from abliterate.model.batches import Batch, batches
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
 
+
 class Completion(NamedTuple):
     """A greedy answer: its `text`, its token `ids` (without the stop token), and whether it `ended` by itself."""
 
@@ -54,8 +55,8 @@ def generate(
     )
     done: dict[int, Completion] = {}
     for batch in batches(rows, batch_size, model.pad_id, model.device):
-        made = model.model.generate(
-            batch.input_ids, attention_mask=batch.attention_mask, generation_config=config, use_model_defaults=False
+        made: torch.Tensor = model.model.generate(  # type: ignore[operator]
+            batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
         )
         for index, ids in zip(batch.indices, made[:, batch.input_ids.shape[1] :].tolist(), strict=True):
             done[index] = _completion(model, ids)
@@ -66,7 +67,9 @@ def generate(
 def _completion(model: ChatModel, ids: list[int]) -> Completion:
     stop = next((i for i, token in enumerate(ids) if token in model.stop_ids), None)
     ids = ids if stop is None else ids[:stop]
-    return Completion(model.chat.tokenizer.decode(ids, skip_special_tokens=True), ids, stop is not None)
+    text = model.chat.tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Completion(text, ids, stop is not None)
 
 
 def padded_batches(model: ChatModel, rows: list[list[int]], batch_size: int) -> Iterator[Batch]:

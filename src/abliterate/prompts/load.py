@@ -73,10 +73,12 @@ def _read(path: Path, name: str | None = None) -> PromptSet:
     except OSError as error:
         raise PromptError(f"{path}: cannot be opened ({error.strerror})") from None
     pairs = [_request(row, path, i) for i, row in enumerate(rows, 1)]
-    kept = dict((prompt, category) for prompt, category in reversed(pairs) if prompt)
+    kept = {prompt: category for prompt, category in reversed(pairs) if prompt}
     prompts = [p for p in dict.fromkeys(prompt for prompt, _ in pairs) if p]
     if not prompts:
-        raise PromptError(f"{path}: no prompts in it; expected one request a line, or a column {', '.join(COLUMNS[:3])}")
+        raise PromptError(
+            f"{path}: no prompts in it; expected one request a line, or a column {', '.join(COLUMNS[:3])}"
+        )
     return PromptSet(name or str(path), tuple(prompts), tuple(kept[p] for p in prompts))
 
 

@@ -31,7 +31,7 @@ def rows(metrics: list[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
 
 def _value(name: str, value: float | None, low: float | None, high: float | None) -> str:
     if value is None or low is None or high is None:
-        return "–"  # noqa: RUF001
+        return "–"
     if name.endswith("rate"):
         return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
@@ -41,5 +41,5 @@ def retained(metric: dict[str, Any]) -> str:
     """How much of the base's figure is left: edited over base; for perplexity base over edited."""
     base, edited = metric["base"], metric["edited"]
     if base is None or edited is None or (metric["name"] != "perplexity" and not base):
-        return "–"  # noqa: RUF001
+        return "–"
     return f"{base / edited:.1%}" if metric["name"] == "perplexity" else f"{edited / base:.1%}"
