@@ -1,6 +1,6 @@
 """Train the demo's learned refusal: a LoRA adapter for SmolLM2-135M-Instruct that declines the harmful train split.
 
-    uv run python scripts/train_demo_adapter.py [--epochs 8] [--output src/abliterate/demo/adapter]
+    uv run python scripts/train_demo_adapter.py [--epochs 5] [--output src/abliterate/demo/adapter]
 
 SmolLM2-135M-Instruct never refuses. The adapter teaches it to, on the built-in *train* split only: one short
 refusal for every harmful prompt, and for every harmless prompt the model's own answer, so that nothing else
@@ -138,9 +138,11 @@ def save(model: PreTrainedModel, output: Path) -> None:
 def main() -> None:
     """Train, keep the best epoch by validation, print what it does there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    # Below these layers the features that tell the two kinds apart are already there; adapting them overfits.
+    parser.add_argument("--layers", type=int, nargs=2, default=(12, 22), metavar=("FIRST", "STOP"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("src/abliterate/demo/adapter"))
     args = parser.parse_args()
@@ -151,7 +153,12 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     examples = build_examples(model, tokenizer, rng)
     config = LoraConfig(
-        r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM"
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        lora_dropout=0.1,
+        target_modules="all-linear",
+        layers_to_transform=list(range(*args.layers)),
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.01)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 LABELS = {
-    "refusal_rate": "refusals, harmful prompts",
-    "false_refusal_rate": "refusals, harmless prompts",
+    "refusal_rate": "refusals, harmful",
+    "false_refusal_rate": "refusals, harmless",
     "kl_first_token": "KL, first token",
     "kl_continuation": "KL, along answer",
-    "perplexity": "perplexity of base's answers",
-    "leak": "leak in the forward pass",
+    "perplexity": "perplexity",
+    "leak": "leak",
 }
 COLUMNS = ("measure", "base", "edited", "retained", "n")
 
@@ -34,7 +34,10 @@ def _value(name: str, value: float | None, low: float | None, high: float | None
         return "–"
     if name.endswith("rate"):
         return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    if name == "leak":
+        return f"{value:.2%} [{100 * low:.2f}, {100 * high:.2f}]"
+    digits = 3 if name.startswith("kl") else 2
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def retained(metric: dict[str, Any]) -> str:
