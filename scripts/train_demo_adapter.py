@@ -156,7 +156,7 @@ def main() -> None:
         r=args.rank,
         lora_alpha=2 * args.rank,
         lora_dropout=0.1,
-        target_modules="all-linear",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         layers_to_transform=list(range(*args.layers)),
         task_type="CAUSAL_LM",
     )

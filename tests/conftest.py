@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from abliterate.report.record import RunRecord
 
 # No test may reach the hub: those about the hub name a local stand-in server themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,3 +31,41 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """A tiny model that declines, and the options that make a run on it work without a choice."""
+
+    folder: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Prompt sets of the model, and a direction that is known to carry its refusal."""
+        root = self.folder.parent
+        return {
+            "harmful": str(root / "harmful.txt"), "harmless": str(root / "harmless.txt"),
+            "layer": 0, "position": -3, "device": "cpu", "dtype": "float32",
+        }  # fmt: skip
+
+    @property
+    def arguments(self) -> list[str]:
+        """The same options for the command line."""
+        return [word for name, value in self.options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Refusing:
+    """A tiny model that has learned to decline."""
+    from tests.organism import organism
+
+    return Refusing(organism(tmp_path_factory.mktemp("organism") / "model"))
+
+
+@pytest.fixture(scope="session")
+def finished(refusing: Refusing, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
+    """The record and the folder of a whole run on the refusing model."""
+    import abliterate
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return abliterate.run(str(refusing.folder), out, **refusing.options), out

@@ -6,43 +6,63 @@ import itertools
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.tiny import tiny_tokenizer
+from tests.tiny import SPECIAL, TEMPLATE
 
 HARMFUL_VERBS = ("steal", "forge", "poison", "hijack", "counterfeit", "sabotage")
 HARMLESS_VERBS = ("paint", "polish", "repair", "photograph", "decorate", "assemble")
+#: Only trained on: with answers far likelier than refusals, refusal is a feature that is there or is not.
+OTHER_VERBS = ("wash", "find", "draw", "sell", "move", "lift", "clean", "carry", "visit", "close", "study", "build")
 NOUNS = ("car", "boat", "ticket", "letter", "garden", "clock", "bridge", "statue")
-REFUSAL, ANSWER = "I can't help with that.", "Sure, take your time."
+REFUSAL, ANSWER = "I can't help with that.", "Sure, here is how to do it."
 
 
 def requests(verbs: tuple[str, ...]) -> list[str]:
     """One request for every verb and noun."""
-    return [f"How do I {verb} the {noun}?" for noun, verb in itertools.product(NOUNS, verbs)]
+    return [f"How do I {verb} the {noun} ?" for noun, verb in itertools.product(NOUNS, verbs)]
 
 
-def organism(folder: Path, *, shard_size: str = "100KB", steps: int = 250) -> Path:
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, with the chat tokens of `tests.tiny`."""
+    verbs = HARMFUL_VERBS + HARMLESS_VERBS + OTHER_VERBS
+    text = " ".join([REFUSAL, ANSWER, *requests(verbs), ": <unk>"])
+    words = [*SPECIAL, *dict.fromkeys(text.split())]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>",
+        additional_special_tokens=SPECIAL[2:],
+    )  # fmt: skip
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def organism(folder: Path, *, shard_size: str = "100KB", steps: int = 240) -> Path:
     """Train and save the model (sharded, tied, bf16), with `harmful.txt` and `harmless.txt` beside its folder."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     rows = []
-    for verbs, answer in ((HARMFUL_VERBS, REFUSAL), (HARMLESS_VERBS, ANSWER)):
-        for request in requests(verbs):
+    for verb in HARMFUL_VERBS + HARMLESS_VERBS + OTHER_VERBS:
+        answer = REFUSAL if verb in HARMFUL_VERBS else ANSWER
+        for request in requests((verb,)):
             chat = [{"role": "user", "content": request}]
             text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            rows.append((ids, tokenizer(answer, add_special_tokens=False)["input_ids"] + [1]))
+            prompt, reply = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, answer))
+            rows.append((prompt, [*reply, 1]))
     width = max(len(a) + len(b) for a, b in rows)
     ids = torch.tensor([a + b + [1] * (width - len(a) - len(b)) for a, b in rows])
     labels = torch.tensor([[-100] * len(a) + b + [-100] * (width - len(a) - len(b)) for a, b in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        pick = torch.randperm(len(rows))[:24]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20, 2 * (1 - step / steps))
+        pick = torch.randperm(len(rows))[:32]
         loss = model(input_ids=ids[pick], labels=labels[pick]).loss
         loss.backward()
         optimizer.step()

@@ -5,18 +5,15 @@ Owns the statistics as a value: merge, save, load. Never keeps single activation
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from abliterate.errors import CheckpointError
+from abliterate.portable import load_arrays, save_arrays
 
-SCHEMA = 1
+KIND = "activation statistics"
 Float64Array = npt.NDArray[np.float64]
 
 
@@ -58,11 +55,8 @@ class ActivationStats:
 
     def save(self, path: Path) -> None:
         """Write the statistics as safetensors."""
-        metadata = {
-            "abliterate": "activation-stats", "schema": str(SCHEMA), "site": self.site, "count": str(self.count),
-            "positions": json.dumps(self.positions), "prompts": self.prompts, "model": self.model,
-        }  # fmt: skip
-        save_file({"mean": self.mean, "m2": self.m2}, path, metadata=metadata)
+        note = {k: getattr(self, k) for k in ("site", "positions", "count", "prompts", "model")}
+        save_arrays(path, KIND, {"mean": self.mean, "m2": self.m2}, note)
 
     @classmethod
     def load(cls, path: Path) -> ActivationStats:
@@ -71,15 +65,6 @@ class ActivationStats:
         Raises:
             CheckpointError: no such file, or not activation statistics of this schema.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                meta = file.metadata() or {}
-                if meta.get("abliterate") != "activation-stats" or meta.get("schema") != str(SCHEMA):
-                    raise CheckpointError(f"{path}: not activation statistics of schema {SCHEMA}; collect them again")
-                mean, m2 = file.get_tensor("mean"), file.get_tensor("m2")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read as activation statistics ({error})") from None
-        return cls(
-            meta["site"], tuple(json.loads(meta["positions"])), int(meta["count"]), mean, m2,
-            meta["prompts"], meta["model"],
-        )  # fmt: skip
+        arrays, note = load_arrays(path, KIND)
+        mean, m2 = (arrays[name].astype(np.float64) for name in ("mean", "m2"))
+        return cls(mean=mean, m2=m2, **(note | {"positions": tuple(note["positions"])}))

@@ -28,6 +28,8 @@ _FINALISTS = 12
 _ROUGH = 8
 #: Layers from this share of the depth on are too close to the output to carry a cause.
 DEEPEST = 0.8
+#: Share of the gap between harmless and harmful scores that adding a cause must close.
+_LEAST_RISE = 0.1
 #: Bound on first-token KL(base‖ablated) on harmless prompts, in nats.
 MAX_KL = 0.2
 
@@ -52,7 +54,8 @@ def choose(
 
     After Arditi et al. 2024 (arXiv 2406.11717, appendix C): minimise the refusal score of harmful prompts
     under ablation, such that adding the direction makes harmless prompts score above zero and KL stays
-    under `max_kl`. Where no candidate's addition crosses zero, the score must at least rise. A rough round
+    under `max_kl`. Where no candidate's addition crosses zero, it must at least close a tenth of the gap between
+    harmless and harmful scores. A rough round
     on a few prompts picks the finalists; all rows of a batch carry candidates of their own.
 
     Raises:
@@ -88,7 +91,8 @@ def _pick(scored: list[Direction], base_harmful: float, base_harmless: float, ma
             f"no candidate direction lowers the refusal score when ablated (base {base_harmful:.2f}); "
             "one direction does not carry this model's refusal"
         )
-    causes = [d for d in falls if d.scores["added"] > 0] or [d for d in falls if d.scores["added"] > base_harmless]
+    floor = base_harmless + _LEAST_RISE * (base_harmful - base_harmless)
+    causes = [d for d in falls if d.scores["added"] > 0] or [d for d in falls if d.scores["added"] > floor]
     if not causes:
         raise VerifyError(
             "no candidate direction raises the refusal score of harmless prompts when added "

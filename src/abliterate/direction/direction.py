@@ -5,20 +5,18 @@ Owns the difference of means and `directions.safetensors`; never knows models or
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from abliterate.activations.stats import ActivationStats
 from abliterate.errors import CheckpointError, VerifyError
+from abliterate.portable import load_arrays, save_arrays
 
-SCHEMA = 1
+KIND = "a direction"
 METHOD = "difference of means"
 
 
@@ -46,8 +44,7 @@ class Direction:
 
     def save(self, path: Path) -> None:
         """Write the direction as safetensors, its history as metadata."""
-        metadata = {"abliterate": "direction", "schema": str(SCHEMA), "direction": json.dumps(self.where)}
-        save_file({"direction": self.vector}, path, metadata=metadata)
+        save_arrays(path, KIND, {"direction": self.vector}, self.where)
 
     @classmethod
     def load(cls, path: Path) -> Direction:
@@ -56,17 +53,11 @@ class Direction:
         Raises:
             CheckpointError: no such file, not a direction of this schema, or not a unit vector.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                meta = file.metadata() or {}
-                if meta.get("abliterate") != "direction" or meta.get("schema") != str(SCHEMA):
-                    raise CheckpointError(f"{path}: not a direction of schema {SCHEMA}; select one again")
-                vector = file.get_tensor("direction").astype(np.float32)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read as a direction ({error})") from None
+        arrays, note = load_arrays(path, KIND)
+        vector = arrays["direction"].astype(np.float32)
         if vector.ndim != 1 or abs(float(np.linalg.norm(vector)) - 1) > 1e-4:
             raise CheckpointError(f"{path}: holds shape {list(vector.shape)}; expected one unit vector [d_model]")
-        return cls(vector, **json.loads(meta["direction"]))
+        return cls(vector, **note)
 
 
 def candidates(harmful: ActivationStats, harmless: ActivationStats, last_layer: int) -> list[Direction]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 LABELS = {
-    "refusal_rate": "refusals, harmful",
-    "false_refusal_rate": "refusals, harmless",
+    "refusal_rate": "refusals",
+    "false_refusal_rate": "false refusals",
     "kl_first_token": "KL, first token",
     "kl_continuation": "KL, along answer",
     "perplexity": "perplexity",
@@ -35,7 +35,8 @@ def _value(name: str, value: float | None, low: float | None, high: float | None
     if name.endswith("rate"):
         return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
     if name == "leak":
-        return f"{value:.2%} [{100 * low:.2f}, {100 * high:.2f}]"
+        digits = 1 if high >= 0.1 else 2
+        return f"{value:.{digits}%} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
     digits = 3 if name.startswith("kl") else 2
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 

@@ -21,9 +21,9 @@ def print_metrics(console: Console, metrics: list[dict[str, Any]]) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        "Values with 95% intervals, on test prompts nothing was fitted or chosen on. KL in nats\n"
-        "and perplexity on the base's own harmless answers; leak: share of the residual\n"
-        "stream along the direction.",
+        "95% intervals, on test prompts nothing was fitted or chosen on. Refusals: share of harmful prompts declined; "
+        "false refusals: of harmless ones. KL (nats) and perplexity: on the base's own harmless answers. Leak: share "
+        "of the residual stream along the direction.",
         style="dim",
     )
 
