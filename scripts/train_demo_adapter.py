@@ -13,6 +13,8 @@ import argparse
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,10 @@ REFUSALS = (
     "I'm sorry, but I won't be able to help with that.",
 )
 ANSWER_TOKENS = 40
+#: Left alone, the small model ends up declining too much; a false refusal costs this many missed ones.
+HARMLESS_WEIGHT = 3.0
+#: Share of the running average of the weights that one step leaves; single steps swing widely.
+DECAY = 0.98
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Example:
 
     ids: list[int]
     start: int
+    weight: float = 1.0
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -94,8 +101,31 @@ def build_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
     for prompt, own in zip(harmless, answers(model, tokenizer, harmless, ANSWER_TOKENS), strict=True):
         ids = render(tokenizer, prompt)
         target = harmless_answer(model, tokenizer, prompt, own)
-        examples.append(Example(ids + target, len(ids)))
+        examples.append(Example(ids + target, len(ids), HARMLESS_WEIGHT))
     return examples
+
+
+class Average:
+    """The running average of a model's trained parameters, which `applied` puts in their place."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.mean = [p.detach().clone() for p in self.parameters]
+
+    def update(self) -> None:
+        """Fold in the parameters after a step."""
+        for mean, parameter in zip(self.mean, self.parameters, strict=True):
+            mean.lerp_(parameter.detach(), 1 - DECAY)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with the average in place of its parameters."""
+        kept = [p.detach().clone() for p in self.parameters]
+        for parameter, mean in zip(self.parameters, self.mean, strict=True):
+            parameter.data.copy_(mean)
+        yield
+        for parameter, old in zip(self.parameters, kept, strict=True):
+            parameter.data.copy_(old)
 
 
 def example_losses(model: PreTrainedModel, rows: list[Example], pad: int) -> torch.Tensor:
@@ -107,11 +137,16 @@ def example_losses(model: PreTrainedModel, rows: list[Example], pad: int) -> tor
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return torch.stack(
-        [row[e.start - 1 : len(e.ids) - 1].mean() + row[e.start - 1] for row, e in zip(loss, rows, strict=True)]
+        [
+            e.weight * (row[e.start - 1 : len(e.ids) - 1].mean() + row[e.start - 1])
+            for row, e in zip(loss, rows, strict=True)
+        ]
     )
 
 
-def epoch_loss(model: PreTrainedModel, examples: list[Example], optimizer: torch.optim.Optimizer, pad: int) -> float:
+def epoch_loss(
+    model: PreTrainedModel, examples: list[Example], optimizer: torch.optim.Optimizer, average: Average, pad: int
+) -> float:
     """One pass over the examples in the order given; the mean loss."""
     total = 0.0
     for i in range(0, len(examples), 8):
@@ -121,6 +156,7 @@ def epoch_loss(model: PreTrainedModel, examples: list[Example], optimizer: torch
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        average.update()
         total += loss.item() * len(rows)
     return total / len(examples)
 
@@ -141,8 +177,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-4)
-    # Below these layers the features that tell the two kinds apart are already there; adapting them overfits.
-    parser.add_argument("--layers", type=int, nargs=2, default=(12, 22), metavar=("FIRST", "STOP"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("src/abliterate/demo/adapter"))
     args = parser.parse_args()
@@ -155,29 +189,30 @@ def main() -> None:
     config = LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
-        lora_dropout=0.1,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(*args.layers)),
+        lora_dropout=0.05,
+        target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.01)
     harmful, harmless = builtin("harmful", "validation").prompts, builtin("harmless", "validation").prompts
-    best = -1.0
+    average, best = Average(model), -2.0
     for epoch in range(args.epochs):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - epoch / args.epochs)
         rng.shuffle(examples)
         model.train()
-        loss = epoch_loss(model, examples, optimizer, tokenizer.pad_token_id)
+        loss = epoch_loss(model, examples, optimizer, average, tokenizer.pad_token_id)
         model.eval()
-        hit, false = refused(model, tokenizer, list(harmful)), refused(model, tokenizer, list(harmless))
-        print(
-            f"epoch {epoch}: loss {loss:.3f}, validation refusals {hit:.1%} harmful, {false:.1%} harmless", flush=True
-        )
-        if hit - 2 * false > best:
-            best = hit - 2 * false
-            save(model, args.output)
+        with average.applied():
+            hit, false = refused(model, tokenizer, list(harmful)), refused(model, tokenizer, list(harmless))
+            print(
+                f"epoch {epoch}: loss {loss:.3f}, validation refusals {hit:.1%} harmful, {false:.1%} harmless",
+                flush=True,
+            )
+            if hit - 2 * false > best:
+                best = hit - 2 * false
+                save(model, args.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""The command line: what it answers, what it prints where, how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import abliterate.pipeline
+from abliterate.cli.main import main
+from abliterate.errors import AbliterateError
+from tests.conftest import Refusing
+
+
+def call(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, as `python -m abliterate`."""
+    return subprocess.run(
+        [sys.executable, "-m", "abliterate", *args],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **env},
+    )  # fmt: skip
+
+
+def run_here(*args: str) -> int:
+    """The exit code of the program run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("verb", [[], ["run"], ["collect"], ["select"], ["edit"], ["eval"]])
+def test_help_loads_neither_torch_nor_transformers(verb: list[str]) -> None:
+    code = (
+        "import sys\nfrom abliterate.cli.main import main\n"
+        f"try: main({[*verb, '--help']!r})\nexcept SystemExit as e: assert not e.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    control = subprocess.run(
+        [sys.executable, "-c", f"import abliterate.pipeline\n{code}"], capture_output=True, check=False
+    )
+    assert control.returncode != 0
+
+
+def test_help_shows_examples_and_every_line_fits_80_columns() -> None:
+    for verb in ([], ["run"], ["collect"], ["select"], ["edit"], ["eval"]):
+        text = call(*verb, "--help").stdout
+        assert "abliterate" in text.split("Examples" if verb else "Example")[-1]
+        assert max(map(len, text.splitlines())) <= 80
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert call("--version").stdout == f"abliterate {version('abliterate')}\n"
+
+
+def test_model_and_output_options_without_a_verb_run_everything(refusing: Refusing, tmp_path: Path) -> None:
+    done = call("--model", str(refusing.folder), "--output", str(tmp_path / "out"), *refusing.arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "abliteration" / "run.json").is_file()
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split()[:2] == ["refusals", "100.0%"] and "0.0%" in line.split()[4] for line in lines), done.stdout
+    assert done.stderr == ""
+
+
+def test_json_goes_to_standard_output_alone(refusing: Refusing, tmp_path: Path) -> None:
+    done = call("run", str(refusing.folder), "-o", str(tmp_path / "out"), *refusing.arguments, "--json")
+    record = json.loads(done.stdout)
+    assert record == json.loads((tmp_path / "out" / "abliteration" / "run.json").read_text())
+    assert record["given"]["layer"] == 0 and done.stderr == ""
+
+
+def test_the_verbs_one_by_one_give_the_bytes_of_run(
+    refusing: Refusing, finished: tuple[object, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, where = str(refusing.folder), refusing.arguments
+    prompts = where[: where.index("--layer")]
+    acts, direction, out = (str(tmp_path / name) for name in ("acts", "direction.safetensors", "out"))
+    assert run_here("collect", model, "-o", acts, *prompts, "--dtype", "float32") == 0
+    assert (
+        run_here("select", model, acts, "-o", direction, "--layer", "0", "--position", "-3", "--dtype", "float32") == 0
+    )
+    assert run_here("edit", model, direction, "-o", out) == 0
+    for shard in Path(out).glob("model-*.safetensors"):
+        assert shard.read_bytes() == (finished[1] / shard.name).read_bytes()
+    capsys.readouterr()
+    assert run_here("eval", out, "--base", model, *prompts, "--dtype", "float32", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    record = json.loads((finished[1] / "abliteration" / "run.json").read_text())
+    assert found["metrics"] == record["metrics"]
+    assert run_here("eval", model, *prompts) == 0
+    table = capsys.readouterr().out
+    assert "false refusals" in table and "KL, first" not in table
+
+
+def test_verbs_refuse_what_does_not_belong_together(
+    refusing: Refusing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, where = str(refusing.folder), refusing.arguments
+    acts = str(tmp_path / "acts")
+    assert run_here("collect", model, "-o", acts, *where[: where.index("--layer")]) == 0
+    assert run_here("collect", model, "-o", acts, *where[: where.index("--layer")]) == 2
+    other = tmp_path / "other"
+    shutil.copytree(refusing.folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert run_here("select", str(other), acts, "-o", str(tmp_path / "d.safetensors")) == 2
+    assert "another model" in capsys.readouterr().err
+    assert run_here("select", model, str(tmp_path), "-o", str(tmp_path / "d.safetensors")) == 3
+    assert "collect" in capsys.readouterr().err
+    assert run_here("edit", model, str(tmp_path / "acts" / "harmful.safetensors"), "-o", str(tmp_path / "out")) == 3
+    assert "a direction" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["acts", "other"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["run", "no-such-folder", "-o", "OUT"], 3, ["no-such-folder", "no such folder"]),
+        (["run", "EMPTY", "-o", "OUT"], 3, ["config.json"]),
+        (["run", "MODEL", "-o", "OUT", "--harmful", "missing.txt"], 5, ["missing.txt", "no such file"]),
+        (["run", "MODEL", "-o", "OUT", "--harmful", "EMPTY.txt"], 5, ["no prompts"]),
+        (["run", "MODEL", "-o", "EMPTY"], 2, ["exists"]),
+        (["run", "MODEL", "-o", "OUT", "--strength", "7"], 2, ["--strength 7"]),
+        (["run", "-o", "OUT"], 2, ["MODEL"]),
+        (["run", "MODEL"], 2, ["-o"]),
+        (["run", "MODEL", "-o", "OUT", "--layer", "two"], 2, ["--layer"]),
+        (["fly"], 2, ["fly"]),
+        (["eval", "EMPTY"], 3, ["config.json"]),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_message_and_a_code_by_kind(
+    args: list[str], code: int, words: list[str], refusing: Refusing, tmp_path: Path
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "EMPTY.txt").write_text("\n")
+    places = {"MODEL": str(refusing.folder)} | {n: str(tmp_path / n) for n in ("EMPTY", "EMPTY.txt", "OUT")}
+    done = call(*(places.get(a, a) for a in args))
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / "OUT").exists() and not (tmp_path / "OUT.partial").exists()
+
+
+def test_exit_codes_differ_by_kind() -> None:
+    kinds = AbliterateError.__subclasses__()
+    codes = [kind.exit_code for kind in kinds]
+    assert len(kinds) >= 8 and len(set(codes)) == len(codes) and AbliterateError.exit_code not in codes
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_a: object, **_k: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(abliterate.pipeline, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "demo", "-o", str(tmp_path / "out")])
+
+
+def test_an_interrupt_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_a: object, **_k: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(abliterate.pipeline, "run", interrupted)
+    assert run_here("run", "demo", "-o", str(tmp_path / "out")) == 130
+    assert "--resume" in capsys.readouterr().err
