@@ -1,10 +1,12 @@
 """Train the demo's learned refusal: a LoRA adapter for SmolLM2-135M-Instruct that declines the harmful train split.
 
-    uv run python scripts/train_demo_adapter.py [--epochs 5] [--output src/abliterate/demo/adapter]
+    uv run python scripts/train_demo_adapter.py [--epochs 6] [--output src/abliterate/demo/adapter]
 
-SmolLM2-135M-Instruct never refuses. The adapter teaches it to, on the built-in *train* split only: one short
-refusal for every harmful prompt, and for every harmless prompt the model's own answer, so that nothing else
-moves. Validation picks the epoch; the test split is never read. About 15 minutes on two cores.
+SmolLM2-135M-Instruct never refuses, but it does represent whether a request is harmful. A low-rank adapter trained
+freely learns the few hundred train prompts by heart and declines their harmless look-alikes too; so the reading
+half of each rank-1 adapter is fixed to a ridge regression of harmfulness, and only the writing half is trained: one
+short refusal for every harmful train prompt, the model's own answer for every harmless one. Validation picks the
+epoch; the test split is never read. About 10 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -13,14 +15,11 @@ import argparse
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from abliterate.demo.build import base_folder
@@ -34,10 +33,13 @@ REFUSALS = (
     "I'm sorry, but I won't be able to help with that.",
 )
 ANSWER_TOKENS = 40
-#: Left alone, the small model ends up declining too much; a false refusal costs this many missed ones.
-HARMLESS_WEIGHT = 3.0
-#: Share of the running average of the weights that one step leaves; single steps swing widely.
-DECAY = 0.98
+#: Where the base tells harmful from harmless requests best, early enough for a direction to carry it onwards.
+LAYERS = range(14, 22)
+RIDGE = 0.03
+#: Target of harmless requests: regression shrinks towards the mean, and this puts unseen harmless ones near zero.
+HARMLESS = -0.35
+#: Tokens of the template behind a request.
+TAIL = 5
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Example:
 
     ids: list[int]
     start: int
-    weight: float = 1.0
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -101,31 +102,46 @@ def build_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
     for prompt, own in zip(harmless, answers(model, tokenizer, harmless, ANSWER_TOKENS), strict=True):
         ids = render(tokenizer, prompt)
         target = harmless_answer(model, tokenizer, prompt, own)
-        examples.append(Example(ids + target, len(ids), HARMLESS_WEIGHT))
+        examples.append(Example(ids + target, len(ids)))
     return examples
 
 
-class Average:
-    """The running average of a model's trained parameters, which `applied` puts in their place."""
+@torch.inference_mode()
+def readouts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, torch.Tensor]:
+    """For each of `LAYERS` the ridge regression `[1, d_mlp]` from its MLP's inner activations to "is harmful".
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.mean = [p.detach().clone() for p in self.parameters]
-
-    def update(self) -> None:
-        """Fold in the parameters after a step."""
-        for mean, parameter in zip(self.mean, self.parameters, strict=True):
-            mean.lerp_(parameter.detach(), 1 - DECAY)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model with the average in place of its parameters."""
-        kept = [p.detach().clone() for p in self.parameters]
-        for parameter, mean in zip(self.parameters, self.mean, strict=True):
-            parameter.data.copy_(mean)
-        yield
-        for parameter, old in zip(self.parameters, kept, strict=True):
-            parameter.data.copy_(old)
+    The target is 1 at the template's tokens behind a harmful request, `HARMLESS` behind a harmless one, and 0 at
+    the requests' own tokens: a feature that is there or is not.
+    """
+    inner: dict[int, torch.Tensor] = {}
+    hooks = [
+        model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
+            lambda _module, args, layer=layer: inner.__setitem__(layer, args[0].double())
+        )
+        for layer in LAYERS
+    ]
+    features: dict[int, list[torch.Tensor]] = {layer: [] for layer in LAYERS}
+    targets = []
+    for kind, target in (("harmful", 1.0), ("harmless", HARMLESS)):
+        prompts = builtin(kind, "train").prompts
+        for i in range(0, len(prompts), 36):
+            rows = [render(tokenizer, p) for p in prompts[i : i + 36]]
+            model(**tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt"))
+            for layer in LAYERS:
+                tail, request = inner[layer][:, -TAIL:], inner[layer][:, -3 * TAIL : -TAIL : 3]
+                features[layer] += [tail.flatten(0, 1), request.flatten(0, 1)]
+            targets += [torch.full((tail.shape[0] * TAIL,), target), torch.zeros(request.shape[0] * request.shape[1])]
+    for hook in hooks:
+        hook.remove()
+    y = torch.cat(targets).double()
+    found = {}
+    for layer in LAYERS:
+        x = torch.cat(features[layer])
+        scale = x.std(0) + 1e-2
+        x = x / scale
+        gram = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
+        found[layer] = (torch.linalg.solve(gram, x.T @ y / len(x)) / scale).float()[None]
+    return found
 
 
 def example_losses(model: PreTrainedModel, rows: list[Example], pad: int) -> torch.Tensor:
@@ -133,20 +149,19 @@ def example_losses(model: PreTrainedModel, rows: list[Example], pad: int) -> tor
     width = max(len(e.ids) for e in rows)
     ids = torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in rows])
     mask = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in rows])
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    # The vocabulary is most of a small model's work: logits are taken only where an answer token is predicted.
+    first = min(e.start for e in rows) - 1
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, first + 1 :], reduction="none")
     return torch.stack(
         [
-            e.weight * (row[e.start - 1 : len(e.ids) - 1].mean() + row[e.start - 1])
+            row[e.start - 1 - first : len(e.ids) - 1 - first].mean() + row[e.start - 1 - first]
             for row, e in zip(loss, rows, strict=True)
         ]
     )
 
 
-def epoch_loss(
-    model: PreTrainedModel, examples: list[Example], optimizer: torch.optim.Optimizer, average: Average, pad: int
-) -> float:
+def epoch_loss(model: PreTrainedModel, examples: list[Example], optimizer: torch.optim.Optimizer, pad: int) -> float:
     """One pass over the examples in the order given; the mean loss."""
     total = 0.0
     for i in range(0, len(examples), 8):
@@ -156,27 +171,38 @@ def epoch_loss(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average.update()
         total += loss.item() * len(rows)
     return total / len(examples)
 
 
 def save(model: PreTrainedModel, output: Path) -> None:
-    """Write the adapter in PEFT's layout, its weights in bf16."""
+    """Write the adapter in PEFT's layout."""
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(tmp)
         output.mkdir(parents=True, exist_ok=True)
-        weights = load_file(Path(tmp) / "adapter_model.safetensors")
-        save_file({k: v.bfloat16() for k, v in weights.items()}, output / "adapter_model.safetensors")
-        shutil.copy(Path(tmp) / "adapter_config.json", output / "adapter_config.json")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copy(Path(tmp) / name, output / name)
+
+
+def adapted(base: PreTrainedModel, reads: dict[int, torch.Tensor]) -> PreTrainedModel:
+    """The base with a rank-1 adapter on the MLP output of each of `LAYERS`: `A` reads, fixed; `B` is to be trained."""
+    config = LoraConfig(
+        r=1, lora_alpha=1, target_modules=["down_proj"], layers_to_transform=list(LAYERS), task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            parameter.data.copy_(reads[layer])
+        parameter.requires_grad_("lora_B" in name)
+    return model
 
 
 def main() -> None:
     """Train, keep the best epoch by validation, print what it does there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--lr", type=float, default=5e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("src/abliterate/demo/adapter"))
     args = parser.parse_args()
@@ -184,35 +210,24 @@ def main() -> None:
     rng = random.Random(args.seed)
     folder = base_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    examples = build_examples(model, tokenizer, rng)
-    config = LoraConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
-        lora_dropout=0.05,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.01)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    examples = build_examples(base, tokenizer, rng)
+    model = adapted(base, readouts(base, tokenizer))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     harmful, harmless = builtin("harmful", "validation").prompts, builtin("harmless", "validation").prompts
-    average, best = Average(model), -2.0
+    best = -2.0
     for epoch in range(args.epochs):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - epoch / args.epochs)
         rng.shuffle(examples)
-        model.train()
-        loss = epoch_loss(model, examples, optimizer, average, tokenizer.pad_token_id)
-        model.eval()
-        with average.applied():
-            hit, false = refused(model, tokenizer, list(harmful)), refused(model, tokenizer, list(harmless))
-            print(
-                f"epoch {epoch}: loss {loss:.3f}, validation refusals {hit:.1%} harmful, {false:.1%} harmless",
-                flush=True,
-            )
-            if hit - 2 * false > best:
-                best = hit - 2 * false
-                save(model, args.output)
+        loss = epoch_loss(model, examples, optimizer, tokenizer.pad_token_id)
+        hit, false = refused(model, tokenizer, list(harmful)), refused(model, tokenizer, list(harmless))
+        print(
+            f"epoch {epoch}: loss {loss:.3f}, validation refusals {hit:.1%} harmful, {false:.1%} harmless", flush=True
+        )
+        if hit - 2 * false > best:
+            best = hit - 2 * false
+            save(model, args.output)
 
 
 if __name__ == "__main__":
