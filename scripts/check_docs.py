@@ -27,7 +27,7 @@ def broken_links() -> list[str]:
 def unmapped_modules() -> list[str]:
     """Modules that the README's map of the tree does not name, and names in it that are no module."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    mapped = set(re.findall(r"[│├└─\s]([a-z_]+\.py)\b", text))
+    mapped = set(re.findall(r"[│├└─\s/]([a-z_]+\.py)\b", text))
     modules = {p.name for p in (ROOT / "src" / "abliterate").rglob("*.py") if not p.name.startswith("__")}
     return [f"README.md: the map lacks {name}" for name in sorted(modules - mapped)] + [
         f"README.md: the map names {name}, which does not exist" for name in sorted(mapped - modules)
