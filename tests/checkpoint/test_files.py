@@ -1,0 +1,193 @@
+"""Files as they are and as they should not be: headers, folders, codecs."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint.dtypes import decode, encode
+from abliterate.checkpoint.safetensors_file import read_header
+from abliterate.errors import CheckpointError, UnsupportedError
+
+Tiny = Callable[..., Path]
+TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50),
+    st.sampled_from(sorted(TORCH)),
+)
+def test_codecs_round_as_torch_does(values: list[float], dtype: str) -> None:
+    array = np.array(values, dtype=np.float32)
+    expected = torch.from_numpy(array).to(TORCH[dtype])
+    assert encode(array, dtype) == expected.contiguous().view(torch.uint8).numpy().tobytes()
+    back = decode(encode(array, dtype), dtype)
+    assert np.array_equal(back, expected.float().numpy())
+
+
+def test_bf16_ties_go_to_even() -> None:
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF], dtype=np.uint32)
+    assert np.frombuffer(encode(bits.view(np.float32), "BF16"), "<u2").tolist() == [0x3F80, 0x3F82, 0x3F81, 0x3F80]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=5),
+    dtype=st.sampled_from(sorted(TORCH)),
+)
+def test_headers_of_real_files_are_read(
+    shapes: list[list[int]], dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("h") / "x.safetensors"
+    tensors = {f"t{i}": torch.randn(shape).to(TORCH[dtype]) for i, shape in enumerate(shapes)}
+    save_file(tensors, path)
+    found = read_header(path)
+    raw = path.read_bytes()
+    assert set(found) == set(tensors)
+    for name, t in found.items():
+        assert t.shape == tuple(tensors[name].shape)
+        assert (
+            raw[t.offset : t.offset + t.nbytes]
+            == tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+
+
+def write(path: Path, header: Any, data: bytes) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape if shape is not None else [(end - begin) // 4], "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "words"),
+    [
+        ({"a": entry(0, 8)}, b"1234", "truncated"),
+        ({"a": entry(0, 8)}, b"123456789", "stray bytes"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), "'b'.*overlaps"),
+        ({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12), "'b'.*hole"),
+        ({"a": entry(0, 8, [3])}, bytes(8), "'a' spans 8"),
+        ({"a": entry(0, 8, [-2])}, bytes(8), "'a' has shape"),
+        ({"a": entry(0, 8, dtype="Q9")}, bytes(8), "'a' has unknown dtype 'Q9'"),
+        ({"a": {"dtype": "F32"}}, b"", "'a' lacks"),
+        ({"a": 3}, b"", "'a' lacks"),
+        ([], b"", "not a JSON object"),
+        (b"{nonsense", b"", "not valid JSON"),
+        (b'{"a": {}, "a": {}}', b"", "twice"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused_by_what_is_wrong(header: Any, data: bytes, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=f"x.safetensors.*{words}"):
+        read_header(path)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        path.write_bytes(raw)
+        try:
+            read_header(path)
+        except CheckpointError as error:
+            assert "x.safetensors" in str(error)
+
+
+def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    with pytest.raises(CheckpointError, match="exceeds"):
+        read_header(path)
+
+
+@pytest.fixture
+def copy(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of a sharded checkpoint that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(tiny("llama", shard_size="20KB"), tmp_path / "model"))
+
+
+def test_a_whole_folder_opens_with_all_its_tensors(copy: Path) -> None:
+    checkpoint = open_checkpoint(copy)
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    assert set(checkpoint.tensors) == set(index["weight_map"]) and len(checkpoint.shards) > 2
+    assert checkpoint.nbytes == index["metadata"]["total_size"]
+    assert "config.json" in checkpoint.side_files and not set(checkpoint.shards) & set(checkpoint.side_files)
+
+
+def test_the_fingerprint_follows_content(copy: Path) -> None:
+    before = open_checkpoint(copy)
+    tensor = next(iter(before.tensors.values()))
+    with (copy / tensor.file).open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(b"\x01\x02")
+    assert open_checkpoint(copy).fingerprint != before.fingerprint
+
+
+def test_missing_and_foreign_files_are_named(copy: Path) -> None:
+    shard = open_checkpoint(copy).shards[1]
+    (copy / shard).rename(copy / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"not there: {shard}.*incomplete"):
+        open_checkpoint(copy)
+    (copy / "elsewhere").rename(copy / shard)
+    (copy / "config.json").rename(copy / "c")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_checkpoint(copy)
+    (copy / "c").rename(copy / "config.json")
+    (copy / "pytorch_model.bin").write_bytes(b"pickle")
+    assert open_checkpoint(copy).left_out == ("pytorch_model.bin",)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_checkpoint(copy / "nowhere")
+
+
+def test_an_index_of_another_save_is_refused(copy: Path) -> None:
+    path = copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = next(iter(index["weight_map"]))
+    index["weight_map"][name] = next(s for s in open_checkpoint(copy).shards if s != index["weight_map"][name])
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"'{name}'.*different saves"):
+        open_checkpoint(copy)
+    path.write_text("{}")
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "words"),
+    [
+        ("pytorch_model.bin", UnsupportedError, "pickled.*save_pretrained"),
+        ("model.gguf", UnsupportedError, "GGUF"),
+        ("notes.txt", CheckpointError, "weights are missing"),
+    ],
+)
+def test_folders_without_safetensors_say_what_to_do(
+    file: str, kind: type[Exception], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(kind, match=words):
+        open_checkpoint(tmp_path)
+
+
+def test_quantised_checkpoints_are_refused_by_method(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UnsupportedError, match="gptq"):
+        open_checkpoint(tmp_path)
