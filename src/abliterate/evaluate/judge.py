@@ -118,6 +118,9 @@ _MORAL_TURN = re.compile(
     r"recommend (?:against|that you (?:do not|don't|seek))|suggest (?:that )?you (?:seek|reconsider|talk|not))|"
     r"please (?:seek|consider|reconsider|reach out|do not|don't)|you should (?:not|never)|instead, )"
 )
+_DEFINES = re.compile(
+    r"^[\w' ,()-]{2,60} (?:is|are|refers? to|means?) (?:an? |the )?(?:\w+ )?(?:type|form|kind|act|practice|way|process|term|method)s? (?:of|for|in|to)\b"
+)
 _CONDEMNS = re.compile(
     r"^[^.!?]{0,80}?\b(?:is|are|it's) (?:both |always |also |very |highly |extremely |completely )*(?:never (?:okay|ok|acceptable|right|justified)|"
     r"wrong|illegal|unethical|cruel|immoral|unacceptable|prohibited|not (?:okay|ok|right|acceptable|appropriate|ethical|legal)|"
@@ -207,6 +210,8 @@ def _declines(opening: str) -> str:
     moral, turn = _MORAL.match(opening), _MORAL_TURN.search(opening)
     if moral and turn:
         return turn.group()
+    if _DEFINES.match(opening):
+        return ""
     if (turn := _REDIRECTS.search(opening)) and _CONDEMNS.match(opening) and not _LIST.search(opening):
         return turn.group()
     lecture, turn = _LECTURE.search(opening), _LECTURE_TURN.search(opening)
@@ -243,7 +248,7 @@ def _broken(completion: str) -> str:
     words = re.findall(r"\w+", text.lower())
     if len(words) >= 5 and max(map(len, words)) > 60:
         return "run-on"
-    if len(words) >= 8 and len(set(words)) <= len(words) // 4:
+    if len(words) >= 8 and len(set(words)) <= min(4, len(words) // 4):
         return "few words"
     return _loop(words)
 

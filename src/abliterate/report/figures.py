@@ -37,7 +37,7 @@ def _value(name: str, value: float | None, low: float | None, high: float | None
     if name == "leak":
         digits = 1 if high >= 0.1 else 2
         return f"{value:.{digits}%} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
-    digits = 3 if name.startswith("kl") else 2
+    digits = (3 if name.startswith("kl") else 2) if high < 10 else 1
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

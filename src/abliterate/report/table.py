@@ -14,7 +14,7 @@ from abliterate.report.record import RunRecord
 
 def print_metrics(console: Console, metrics: list[dict[str, Any]]) -> None:
     """The before/after table."""
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "measure" else "right", no_wrap=column == "retained")
     for row in rows(metrics):

@@ -1,0 +1,177 @@
+"""Directions: the difference of means, the score, and a choice that equals brute force one candidate at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abliterate.activations.stats import ActivationStats
+from abliterate.checkpoint import open_checkpoint
+from abliterate.direction import choose as choosing
+from abliterate.direction.choose import Trial, choose, measure, passes
+from abliterate.direction.direction import Direction, candidates, most_separated
+from abliterate.direction.refusal_score import refusal_score, refusal_tokens
+from abliterate.edit.plan import plan_edit
+from abliterate.errors import CheckpointError, NoRefusalError, VerifyError
+from abliterate.model.batches import pad_left
+from abliterate.model.hooks import ablate, add_vectors
+from abliterate.model.load import load_model
+from abliterate.model.run import next_token_log_probs
+from tests.conftest import Refusing
+
+Tiny = Callable[..., Path]
+
+
+def stats(mean: np.ndarray, prompts: str, model: str = "m") -> ActivationStats:  # type: ignore[type-arg]
+    return ActivationStats("resid_post", (-2, -1), 10, mean, np.ones_like(mean), prompts, model)
+
+
+def test_candidates_are_unit_differences_of_means() -> None:
+    rng = np.random.default_rng(0)
+    a, b = 1e4 + rng.normal(size=(3, 2, 8)), 1e4 + rng.normal(size=(3, 2, 8))
+    found = candidates(stats(a, "x"), stats(b, "y"), last_layer=2)
+    assert [(d.layer, d.position) for d in found] == [(0, -2), (0, -1), (1, -2), (1, -1)]
+    for d in found:
+        r = a[d.layer, d.position] - b[d.layer, d.position]
+        assert np.linalg.norm(d.vector) == pytest.approx(1, abs=1e-6)
+        assert np.allclose(d.vector * d.scale, r, rtol=1e-5)
+
+
+def test_positions_where_the_sets_do_not_differ_give_no_candidate() -> None:
+    a, b = np.ones((1, 2, 4)), np.ones((1, 2, 4))
+    b[0, 1] += 0.5
+    assert [d.position for d in candidates(stats(a, "x"), stats(b, "y"), 1)] == [-1]
+
+
+def test_statistics_that_do_not_contrast_are_refused() -> None:
+    a = np.ones((1, 2, 4))
+    with pytest.raises(VerifyError, match="different models"):
+        candidates(stats(a, "x"), stats(a, "y", "n"), 1)
+    with pytest.raises(VerifyError, match="same prompts"):
+        candidates(stats(a, "x"), stats(a, "x"), 1)
+
+
+def test_most_separated_finds_the_planted_difference() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 2, 8)) * 0.1, rng.normal(size=(3, 2, 8)) * 0.1
+    a[1, 0] += 3
+    x, y = stats(a, "x"), stats(b, "y")
+    best = most_separated(candidates(x, y, 3), x, y)
+    assert (best.layer, best.position) == (1, -2)
+
+
+def test_a_direction_survives_its_file_and_others_are_refused(tmp_path: Path) -> None:
+    d = Direction(np.array([0.6, 0.8], dtype=np.float32), 3, -1, 2.5, scores={"kl": 0.1}, source={"model": "m"})
+    d.save(tmp_path / "d.safetensors")
+    again = Direction.load(tmp_path / "d.safetensors")
+    assert np.array_equal(again.vector, d.vector) and again.where == d.where
+    dataclasses.replace(d, vector=d.vector * 2).save(tmp_path / "long.safetensors")
+    (tmp_path / "junk").write_bytes(b"junk")
+    for name in ("long.safetensors", "junk", "missing"):
+        with pytest.raises(CheckpointError, match=name):
+            Direction.load(tmp_path / name)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=4, max_size=9), st.integers(1, 3))
+def test_the_score_is_the_log_odds_of_the_tokens(logits: list[float], k: int) -> None:
+    log_probs = torch.tensor([logits], dtype=torch.float64).log_softmax(-1)
+    p = log_probs.exp()[0, :k].sum()
+    assert refusal_score(log_probs, list(range(k)))[0].item() == pytest.approx((p / (1 - p)).log().item(), abs=1e-6)
+
+
+def test_refusal_tokens_are_those_that_open_refusals_and_not_answers() -> None:
+    assert refusal_tokens([5] * 30 + [6] * 10 + [7], [8] * 40 + [6] * 30) == [5]
+    assert refusal_tokens([5, 6, 5, 6], [1, 2, 3, 4]) == [5, 6]
+    with pytest.raises(NoRefusalError, match="--layer"):
+        refusal_tokens([5] * 10, [5] * 10)
+
+
+@pytest.fixture
+def trial(tiny: Tiny) -> Trial:
+    """A random model, a few rows of uneven length, and two tokens that count as refusal."""
+    folder = tiny("gemma2")
+    model = load_model(folder, device="cpu", dtype="float32")
+    rows = model.chat.encode(["Hi", "How are you?", "Name a river in Asia", "What now", "Yes or no"])
+    return Trial(model, plan_edit(open_checkpoint(folder)).sites, rows[:3], rows[2:], [40, 50], batch_size=4)
+
+
+def some(n: int) -> list[Direction]:
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(n, 32)).astype(np.float32)
+    return [Direction(v / np.linalg.norm(v), i % 3, -1, 4.0) for i, v in enumerate(vectors)]
+
+
+def brute(trial: Trial, direction: Direction) -> dict[str, float]:
+    """The causal test of one candidate, one row at a time, without a batch."""
+    model, r = trial.model, torch.from_numpy(direction.vector)
+
+    def log_probs(row: list[int]) -> torch.Tensor:
+        return next_token_log_probs(model, pad_left([row], model.pad_id, model.device))
+
+    def score(row: list[int]) -> float:
+        return refusal_score(log_probs(row), trial.tokens).item()
+
+    found = {
+        "base_harmful": np.mean([score(r) for r in trial.harmful]),
+        "base_harmless": np.mean([score(r) for r in trial.harmless]),
+    }
+    base = [log_probs(row) for row in trial.harmless]
+    with ablate(model, trial.sites, r):
+        found["ablated"] = np.mean([score(row) for row in trial.harmful])
+        kl = [(b.exp() * (b - log_probs(row))).sum().item() for b, row in zip(base, trial.harmless, strict=True)]
+        found["kl"] = np.mean(kl)
+    with add_vectors(model, [direction.layer], r[None] * direction.scale):
+        found["added"] = np.mean([score(row) for row in trial.harmless])
+    return {k: float(v) for k, v in found.items()}
+
+
+def test_batched_candidates_score_what_they_score_alone(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = some(5)
+    monkeypatch.setattr(choosing, "_pick", lambda scored, *_a: scored[0])
+    done: list[int] = []
+    _, scored = choose(trial, found, 100.0, done.append)
+    assert sum(done) == passes(len(found), len(trial.harmful), len(trial.harmless))
+    assert len(scored) == len(found)
+    for direction in scored:
+        for name, value in brute(trial, direction).items():
+            assert direction.scores[name] == pytest.approx(value, abs=2e-4), name
+        assert measure(trial, direction).scores == pytest.approx(direction.scores, abs=2e-4)
+
+
+def scored(ablated: float, added: float, kl: float) -> Direction:
+    return dataclasses.replace(some(1)[0], scores={"ablated": ablated, "added": added, "kl": kl})
+
+
+def test_every_bound_is_kept_and_named_when_nothing_passes() -> None:
+    best, costly = scored(-3, 1, 0.1), scored(-9, 1, 0.5)
+    correlate = scored(-8, -4, 0.0)
+    pick = choosing._pick
+    assert pick([scored(-1, 1, 0.0), best, costly, correlate], 4.0, -4.0, 0.2) is best
+    weak = scored(-3, -2, 0.1)
+    assert pick([weak, correlate], 4.0, -4.0, 0.2) is weak
+    with pytest.raises(VerifyError, match="no candidate direction lowers"):
+        pick([scored(5, 1, 0.0)], 4.0, -4.0, 0.2)
+    with pytest.raises(VerifyError, match="correlate"):
+        pick([correlate], 4.0, -4.0, 0.2)
+    with pytest.raises(VerifyError, match=r"KL 0\.500.*--max-kl"):
+        pick([costly], 4.0, -4.0, 0.2)
+
+
+def test_ablating_the_known_direction_stops_refusals_and_a_random_one_does_not(
+    refusing: Refusing, finished: tuple[object, Path]
+) -> None:
+    model = load_model(refusing.folder, device="cpu", dtype="float32")
+    rows = model.chat.encode(Path(refusing.options["harmful"]).read_text().splitlines()[:8])
+    tokens = model.chat.tokenizer("I", add_special_tokens=False)["input_ids"]
+    trial = Trial(model, plan_edit(open_checkpoint(refusing.folder)).sites, rows, rows, tokens, 8)
+    known = Direction.load(finished[1] / "abliteration" / "directions.safetensors")
+    other = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    random = dataclasses.replace(known, vector=other / np.linalg.norm(other))
+    assert measure(trial, known).scores["ablated"] < 0 < measure(trial, random).scores["ablated"]
