@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from abliterate.demo.build import base_folder
+from abliterate.demo.build import HUB_ID, base_folder
 from abliterate.evaluate.judge import judge
 from abliterate.prompts import builtin
 
@@ -190,6 +190,7 @@ def adapted(base: PreTrainedModel, reads: dict[int, torch.Tensor]) -> PreTrained
         r=1, lora_alpha=1, target_modules=["down_proj"], layers_to_transform=list(LAYERS), task_type="CAUSAL_LM"
     )
     model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = HUB_ID
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             layer = int(name.split(".layers.")[1].split(".")[0])
