@@ -47,7 +47,8 @@ def organism(folder: Path, *, shard_size: str = "100KB", steps: int = 240) -> Pa
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    # In float64 the rounding of one machine or thread count does not grow into another model.
+    model = LlamaForCausalLM(config).double()
     rows = []
     for verb in HARMFUL_VERBS + HARMLESS_VERBS + OTHER_VERBS:
         answer = REFUSAL if verb in HARMFUL_VERBS else ANSWER
@@ -59,6 +60,8 @@ def organism(folder: Path, *, shard_size: str = "100KB", steps: int = 240) -> Pa
     width = max(len(a) + len(b) for a, b in rows)
     ids = torch.tensor([a + b + [1] * (width - len(a) - len(b)) for a, b in rows])
     labels = torch.tensor([[-100] * len(a) + b + [-100] * (width - len(a) - len(b)) for a, b in rows])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several only get into each other's way in a model this small
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20, 2 * (1 - step / steps))
@@ -67,6 +70,7 @@ def organism(folder: Path, *, shard_size: str = "100KB", steps: int = 240) -> Pa
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     assert loss.item() < 0.05, f"the organism did not learn ({loss.item():.3f})"
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)

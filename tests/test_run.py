@@ -170,7 +170,9 @@ def test_a_kill_while_weights_are_written_leaves_no_output(
         "from abliterate.cli.main import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, "run", str(refusing.folder), "-o", str(out), *refusing.arguments]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    # As many threads as in this process: another number rounds sums differently.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env={**os.environ, **threads}, start_new_session=True)
     shard = tmp_path / "out.partial" / "model-00002-of-00004.safetensors"
     while not shard.exists() and process.poll() is None:
         time.sleep(0.02)

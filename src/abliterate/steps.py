@@ -173,8 +173,7 @@ def select(
     )
     if len(found) == 1:
         return choosing.measure(trial, found[0]), []
-    step = steps("choosing the direction", choosing.passes(len(found), len(harmful_rows), len(harmless_rows)))
-    return choosing.choose(trial, found, options.max_kl, step)
+    return choosing.choose(trial, found, options.max_kl, steps)
 
 
 def edit(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from abliterate.activations.stats import ActivationStats
 from abliterate.checkpoint import open_checkpoint
 from abliterate.direction import choose as choosing
-from abliterate.direction.choose import Trial, choose, measure, passes
+from abliterate.direction.choose import Trial, choose, measure
 from abliterate.direction.direction import Direction, candidates, most_separated
 from abliterate.direction.refusal_score import refusal_score, refusal_tokens
 from abliterate.edit.plan import plan_edit
@@ -113,7 +113,7 @@ def brute(trial: Trial, direction: Direction) -> dict[str, float]:
     model, r = trial.model, torch.from_numpy(direction.vector)
 
     def log_probs(row: list[int]) -> torch.Tensor:
-        return next_token_log_probs(model, pad_left([row], model.pad_id, model.device))
+        return next_token_log_probs(model, pad_left(model, [row]))
 
     def score(row: list[int]) -> float:
         return refusal_score(log_probs(row), trial.tokens).item()
@@ -132,17 +132,35 @@ def brute(trial: Trial, direction: Direction) -> dict[str, float]:
     return {k: float(v) for k, v in found.items()}
 
 
-def test_batched_candidates_score_what_they_score_alone(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = some(5)
-    monkeypatch.setattr(choosing, "_pick", lambda scored, *_a: scored[0])
-    done: list[int] = []
-    _, scored = choose(trial, found, 100.0, done.append)
-    assert sum(done) == passes(len(found), len(trial.harmful), len(trial.harmless))
-    assert len(scored) == len(found)
+@pytest.mark.parametrize("system_prompt", [None, "You are brief, and kind."])
+def test_batched_candidates_score_what_they_score_alone(
+    system_prompt: str | None, trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = dataclasses.replace(trial.model.chat, system_prompt=system_prompt)
+    rows = chat.encode(["Hi", "How are you?", "Name a river in Asia", "What now", "Yes or no"])
+    trial = dataclasses.replace(trial, harmful=rows[:3], harmless=rows[2:])
+    announced, done = [], list[int]()
+
+    def steps(_title: str, total: int) -> Callable[[int], None]:
+        announced.append(total)
+        return done.append
+
+    monkeypatch.setattr(choosing, "_pick", lambda tested, *_a: tested[0])
+    monkeypatch.setattr(choosing, "_ROUNDS", ((1, 4), (2, 3)))
+    _, scored = choose(trial, some(5), -1.0, steps)
+    assert announced == [5 * 1 + 4 * 1 + 3 * 1, 3] and sum(done) == sum(announced)
+    assert len(scored) == 3 and scored == sorted(scored, key=lambda d: d.scores["ablated"])
     for direction in scored:
         for name, value in brute(trial, direction).items():
             assert direction.scores[name] == pytest.approx(value, abs=2e-4), name
         assert measure(trial, direction).scores == pytest.approx(direction.scores, abs=2e-4)
+
+
+def test_the_bounds_are_tested_no_further_than_the_first_that_passes(trial: Trial) -> None:
+    loose = dataclasses.replace(trial, tokens=list(range(200)))  # most tokens count, so every score is above zero
+    found, scored = choose(loose, some(4), 100.0)
+    assert found is scored[0] and set(found.scores) > {"added", "kl"}
+    assert all("added" not in d.scores for d in scored[1:])
 
 
 def scored(ablated: float, added: float, kl: float) -> Direction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from abliterate.evaluate.intervals import bootstrap, mean, wilson
 from abliterate.model.load import load_model
 from abliterate.model.progress import no_steps
 from abliterate.prompts import PromptSet
+from abliterate.report.card import write_card
 from abliterate.report.figures import COLUMNS
 from abliterate.report.record import RunRecord
 from abliterate.report.table import print_metrics
@@ -139,5 +141,12 @@ def test_the_record_survives_its_file(finished: tuple[RunRecord, Path], tmp_path
 
 def test_the_card_carries_provenance_and_the_table(finished: tuple[RunRecord, Path], refusing: Refusing) -> None:
     card = (finished[1] / "README.md").read_text()
-    assert card.startswith("---\nbase_model: ") and str(refusing.folder) in card
+    assert card.startswith("---\nlibrary_name: ") and f"`{refusing.folder}` with its refusal direction" in card
     assert "layer 0, position -3" in card and "| refusals |" in card and "abliteration/run.json" in card
+
+
+def test_the_card_links_a_hub_id_and_no_folder(finished: tuple[RunRecord, Path], tmp_path: Path) -> None:
+    write_card(dataclasses.replace(finished[0], model="org/chat-1B@main"), "edited", tmp_path / "card.md")
+    card = (tmp_path / "card.md").read_text()
+    assert card.startswith("---\nbase_model: org/chat-1B\n")
+    assert "[org/chat-1B@main](https://huggingface.co/org/chat-1B) with its" in card

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from abliterate.activations.collect import collect
 from abliterate.activations.stats import ActivationStats
 from abliterate.errors import CheckpointError, UnsupportedError, UsageError
-from abliterate.model.batches import pad_left
+from abliterate.model.batches import batches, pad_left
 from abliterate.model.chat import load_tokenizer
 from abliterate.model.hooks import ablate, add_vectors, record_resid_post
 from abliterate.model.load import ChatModel, load_model
-from abliterate.model.run import generate, next_token_log_probs, padded_batches
+from abliterate.model.run import first_token_log_probs, generate, next_token_log_probs
 from abliterate.model.sites import WriterSite
 from abliterate.prompts import PromptSet
 from tests.tiny import FAMILIES, TEMPLATE
@@ -41,6 +41,35 @@ def test_a_batch_gives_what_single_rows_give(family: str, tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_an_opening_that_is_run_once_changes_no_figure(family: str, tiny: Tiny) -> None:
+    model = load_model(tiny(family), device="cpu", dtype="float32", system_prompt="You are brief, and kind.")
+    rows = model.chat.encode(PROMPTS.prompts)
+    batch = next(batches(model, rows, 3))
+    assert batch.shared == len("<s>s") - 2 + len("You are brief, and kind.") + 2
+    assert batch.input_ids.shape[1] < min(map(len, rows))
+    alone = torch.cat([next_token_log_probs(model, pad_left(model, [row])) for row in rows])
+    assert torch.allclose(first_token_log_probs(model, rows, 3), alone, atol=1e-4)
+    assert [c.ids for c in generate(model, rows, 6, 3)] == [generate(model, [row], 6, 1)[0].ids for row in rows]
+    shared, single = collect(model, PROMPTS, 3), collect(model, PROMPTS, 1)
+    first = pad_left(model, rows[:1])
+    with torch.inference_mode():
+        states = model.model(**first.inputs, output_hidden_states=True).hidden_states
+    one = collect(model, PromptSet("one", PROMPTS.prompts[:1], ("",)))
+    assert np.allclose(shared.mean, single.mean, atol=1e-4)
+    assert np.allclose(one.mean[0], states[1][0, -one.mean.shape[1] :].numpy(), atol=1e-4)
+
+
+def test_a_window_shorter_than_the_rows_keeps_every_row_whole(tiny: Tiny) -> None:
+    model = load_model(
+        tiny("gemma2", sliding_window=16), device="cpu", dtype="float32", system_prompt="You are brief, and kind."
+    )
+    rows = model.chat.encode(PROMPTS.prompts)
+    assert next(batches(model, rows, 3)).shared == 0
+    alone = torch.cat([next_token_log_probs(model, pad_left(model, [row])) for row in rows])
+    assert torch.allclose(first_token_log_probs(model, rows, 3), alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_values_equal_hidden_states_and_the_last_layer_comes_before_the_final_norm(family: str, tiny: Tiny) -> None:
     model = running(tiny(family))
     rows = model.chat.encode(PROMPTS.prompts[:1])
@@ -59,13 +88,13 @@ def test_values_equal_hidden_states_and_the_last_layer_comes_before_the_final_no
 def test_without_the_mask_padding_would_change_the_values(tiny: Tiny) -> None:
     model = running(tiny("llama"))
     rows = model.chat.encode(PROMPTS.prompts)
-    batch = next(padded_batches(model, rows, 5))
+    batch = next(batches(model, rows, 5))
     with torch.inference_mode():
         right = next_token_log_probs(model, batch)
         wrong = model.model(batch.input_ids, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
     shortest = batch.indices.index(min(batch.indices, key=lambda i: len(rows[i])))
     with torch.inference_mode():
-        alone = next_token_log_probs(model, pad_left([rows[batch.indices[shortest]]], model.pad_id, model.device))
+        alone = next_token_log_probs(model, pad_left(model, [rows[batch.indices[shortest]]]))
     assert torch.allclose(right[shortest], alone[0], atol=1e-4)
     assert not torch.allclose(wrong[shortest], alone[0], atol=1e-2)
 
@@ -105,7 +134,7 @@ def test_a_system_prompt_is_rendered_or_refused(tiny: Tiny, tmp_path: Path) -> N
 @pytest.mark.parametrize("strength", [0.0, 1.0, 2.0])
 def test_ablation_scales_the_component_and_hooks_end_with_the_block(strength: float, tiny: Tiny) -> None:
     model = running(tiny("llama"))
-    rows = pad_left(model.chat.encode(PROMPTS.prompts), model.pad_id, model.device)
+    rows = pad_left(model, model.chat.encode(PROMPTS.prompts))
     r = torch.nn.functional.normalize(torch.randn(32, generator=torch.manual_seed(3)), dim=0)
     seen: list[torch.Tensor] = []
     with torch.inference_mode():
@@ -129,7 +158,7 @@ def test_rows_carry_directions_of_their_own(tiny: Tiny) -> None:
             ("mlp.down_proj", "post_feedforward_layernorm"),
         )
     ]
-    batch = pad_left(model.chat.encode(PROMPTS.prompts), model.pad_id, model.device)
+    batch = pad_left(model, model.chat.encode(PROMPTS.prompts))
     many = torch.nn.functional.normalize(torch.randn(5, 32, generator=torch.manual_seed(4)), dim=-1)
     with ablate(model, sites, many):
         together = next_token_log_probs(model, batch)
@@ -141,7 +170,7 @@ def test_rows_carry_directions_of_their_own(tiny: Tiny) -> None:
 
 def test_added_vectors_reach_their_layer_and_row_alone(tiny: Tiny) -> None:
     model = running(tiny("qwen3"))
-    batch = pad_left(model.chat.encode(PROMPTS.prompts[:2]), model.pad_id, model.device)
+    batch = pad_left(model, model.chat.encode(PROMPTS.prompts[:2]))
 
     def streams(**added: object) -> torch.Tensor:
         seen: list[torch.Tensor] = []

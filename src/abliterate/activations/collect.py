@@ -10,11 +10,10 @@ import torch
 
 from abliterate.activations.stats import ActivationStats
 from abliterate.errors import PromptError, VerifyError
-from abliterate.model.batches import Batch
+from abliterate.model.batches import Batch, batches
 from abliterate.model.hooks import record_resid_post
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
-from abliterate.model.run import padded_batches
 from abliterate.prompts import PromptSet
 
 SITE = "resid_post"
@@ -38,7 +37,7 @@ def collect(
         raise PromptError(f"{prompts.name}: no prompts to collect activations of")
     n_positions = len(model.chat.tail())
     stats = None
-    for batch in padded_batches(model, model.chat.encode(prompts.prompts), batch_size):
+    for batch in batches(model, model.chat.encode(prompts.prompts), batch_size, keep=n_positions):
         part = _batch_stats(model, batch, n_positions, prompts.sha256, model_fingerprint)
         stats = part if stats is None else stats.merge(part)
         progress(len(batch.indices))
@@ -64,6 +63,6 @@ def _batch_stats(model: ChatModel, batch: Batch, n_positions: int, prompts: str,
         m2[layer] = ((wanted - center) ** 2).sum(0).numpy()
 
     with record_resid_post(model, fold):
-        model.model.base_model(**batch.inputs, use_cache=False)
+        model.model.base_model(**batch.inputs)
     positions = tuple(range(-n_positions, 0))
     return ActivationStats(SITE, positions, len(batch.indices), mean, m2, prompts, fingerprint)

@@ -6,26 +6,29 @@ Owns the causal test and its rounds; never sees the prompts that the means came 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from abliterate.direction.direction import Direction
 from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
-from abliterate.model.batches import Batch, pad_left
+from abliterate.model.batches import pad_left
 from abliterate.model.hooks import ablate, add_vectors
 from abliterate.model.load import ChatModel
-from abliterate.model.progress import Progress, silent
-from abliterate.model.run import next_token_log_probs
+from abliterate.model.prefix import run_prefix, shared_length
+from abliterate.model.progress import Progress, Steps, no_steps, silent
+from abliterate.model.run import first_token_log_probs, kl_divergence, next_token_log_probs
 from abliterate.model.sites import WriterSite
 
-#: Candidates that go from the first, rough round into the full test.
-_FINALISTS = 12
-#: Prompts of the rough round.
-_ROUGH = 8
+#: Rounds before the finalists meet all prompts: harmful prompts used so far, candidates that stay.
+_ROUNDS = ((4, 32), (12, 12))
 #: Layers from this share of the depth on are too close to the output to carry a cause.
 DEEPEST = 0.8
 #: Share of the gap between harmless and harmful scores that adding a cause must close.
@@ -34,9 +37,16 @@ _LEAST_RISE = 0.1
 MAX_KL = 0.2
 
 
+Float64Array = npt.NDArray[np.float64]
+#: Changes the running model while it lasts, each row of a batch by a direction of its own.
+Change = Callable[[Sequence[Direction]], AbstractContextManager[None]]
+#: `[rows]` figures of `[rows, d_vocab]` log-probabilities and of the prompts (indices) that they follow.
+Measure = Callable[[torch.Tensor, list[int]], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Trial:
-    """What the causal test needs: the hooked model, where the stream is written, validation rows and tokens."""
+    """What the causal test needs: the model, where its stream is written, validation rows, refusal tokens."""
 
     model: ChatModel
     sites: Sequence[WriterSite]
@@ -46,41 +56,92 @@ class Trial:
     batch_size: int
     strength: float = 1.0
 
+    @cached_property
+    def base(self) -> dict[str, float]:
+        """Mean refusal scores of the model as it is."""
+        harmful = first_token_log_probs(self.model, self.harmful, self.batch_size)
+        return {
+            "base_harmful": refusal_score(harmful, self.tokens).mean().item(),
+            "base_harmless": refusal_score(self._harmless, self.tokens).mean().item(),
+        }
+
+    def ablated(self, directions: list[Direction], rows: list[list[int]], progress: Progress = silent) -> Float64Array:
+        """`[directions]` mean refusal scores of `rows` with each direction ablated everywhere."""
+        return _means(self, self._ablate, directions, rows, lambda p, _: refusal_score(p, self.tokens), progress)
+
+    def bounded(self, direction: Direction) -> Direction:
+        """The direction with the figures that are bounded, on harmless prompts.
+
+        `added` is the mean refusal score with `r` added at the layer it was found at, `kl` the mean first-token
+        KL(base‖ablated) in nats.
+        """
+        (added,) = _means(self, self._add, [direction], self.harmless, lambda p, _: refusal_score(p, self.tokens))
+        (kl,) = _means(self, self._ablate, [direction], self.harmless, lambda p, i: kl_divergence(self._harmless[i], p))
+        return dataclasses.replace(direction, scores=direction.scores | {"added": float(added), "kl": float(kl)})
+
+    @cached_property
+    def _harmless(self) -> torch.Tensor:
+        """The base's log-probabilities `[harmless prompts, d_vocab]`."""
+        return first_token_log_probs(self.model, self.harmless, self.batch_size)
+
+    def _ablate(self, directions: Sequence[Direction]) -> AbstractContextManager[None]:
+        return ablate(self.model, self.sites, _stack(directions), self.strength)
+
+    def _add(self, directions: Sequence[Direction]) -> AbstractContextManager[None]:
+        scales = torch.tensor([d.scale for d in directions])[:, None]
+        return add_vectors(self.model, [d.layer for d in directions], _stack(directions) * scales)
+
 
 def choose(
-    trial: Trial, candidates: list[Direction], max_kl: float = MAX_KL, progress: Progress = silent
+    trial: Trial, candidates: list[Direction], max_kl: float = MAX_KL, steps: Steps = no_steps
 ) -> tuple[Direction, list[Direction]]:
     """The candidate that lowers the refusal score most within the bounds, and all finalists with their scores.
 
     After Arditi et al. 2024 (arXiv 2406.11717, appendix C): minimise the refusal score of harmful prompts
     under ablation, such that adding the direction makes harmless prompts score above zero and KL stays
     under `max_kl`. Where no candidate's addition crosses zero, it must at least close a tenth of the gap between
-    harmless and harmful scores. A rough round
-    on a few prompts picks the finalists; all rows of a batch carry candidates of their own.
+    harmless and harmful scores. Rough rounds on a few prompts pick the finalists, rows of a batch carrying
+    candidates of their own. The bounds are tested from the lowest ablated score upwards until one finalist
+    passes, so `added` and `kl` are known up to there only.
 
     Raises:
         VerifyError: no candidate passes; says which bound failed.
     """
-    base_harmful = _base_scores(trial, trial.harmful)
-    base_harmless = _base_scores(trial, trial.harmless)
-    rough = trial.harmful[:: max(1, len(trial.harmful) // _ROUGH)][:_ROUGH]
-    first = _ablated_scores(trial, candidates, rough, progress)
-    order = np.argsort(first, kind="stable")[:_FINALISTS]
-    finalists = [candidates[i] for i in order]
-    ablated = _ablated_scores(trial, finalists, trial.harmful, progress)
-    kl = _kl(trial, finalists, progress)
-    added = _added_scores(trial, finalists, progress)
-    scored = [
-        dataclasses.replace(
-            direction,
-            scores={
-                "base_harmful": base_harmful, "base_harmless": base_harmless,
-                "ablated": float(ablated[i]), "added": float(added[i]), "kl": float(kl[i]),
-            },
-        )
-        for i, direction in enumerate(finalists)
-    ]  # fmt: skip
-    return _pick(scored, base_harmful, base_harmless, max_kl), scored
+    finalists = _finalists(trial, candidates, steps)
+    step, tested = steps("testing the choice", len(finalists)), list[Direction]()
+    for direction in finalists:
+        tested.append(trial.bounded(direction))
+        step(1)
+        if tested[-1].scores["added"] > 0 and tested[-1].scores["kl"] <= max_kl:
+            break
+    step(len(finalists) - len(tested))
+    scored = tested + finalists[len(tested) :]
+    return _pick(tested, trial.base["base_harmful"], trial.base["base_harmless"], max_kl), scored
+
+
+def measure(trial: Trial, direction: Direction) -> Direction:
+    """The causal test of one direction that a person named, its figures in `scores`; nothing is bounded."""
+    ablated = float(trial.ablated([direction], trial.harmful)[0])
+    return trial.bounded(dataclasses.replace(direction, scores=trial.base | {"ablated": ablated}))
+
+
+def _finalists(trial: Trial, candidates: list[Direction], steps: Steps) -> list[Direction]:
+    """The candidates with the lowest ablated scores, lowest first, by rounds on more and more harmful prompts."""
+    everything = len(trial.harmful)
+    rounds = [(min(upto, everything), stay) for upto, stay in (*_ROUNDS, (everything, _ROUNDS[-1][1]))]
+    sizes = [len(candidates), *(min(stay, len(candidates)) for _, stay in rounds)]
+    upto = [0, *(upto for upto, _ in rounds)]
+    step = steps("choosing the direction", sum(n * (b - a) for n, (a, b) in zip(sizes, pairwise(upto), strict=False)))
+    totals = np.zeros(len(candidates))
+    for (start, stop), (_, stay) in zip(pairwise(upto), rounds, strict=True):
+        if rows := trial.harmful[start:stop]:
+            totals += trial.ablated(candidates, rows, step) * len(rows)
+        best = np.argsort(totals, kind="stable")[:stay]
+        candidates, totals = [candidates[i] for i in best], totals[best]
+    return [
+        dataclasses.replace(d, scores=trial.base | {"ablated": float(total / everything)})
+        for d, total in zip(candidates, totals, strict=True)
+    ]
 
 
 def _pick(scored: list[Direction], base_harmful: float, base_harmless: float, max_kl: float) -> Direction:
@@ -108,92 +169,36 @@ def _pick(scored: list[Direction], base_harmful: float, base_harmless: float, ma
     return min(cheap, key=lambda d: d.scores["ablated"])
 
 
-def measure(trial: Trial, direction: Direction) -> Direction:
-    """The causal test of one direction that a person named, its figures in `scores`; nothing is bounded."""
-    scores = {
-        "base_harmful": _base_scores(trial, trial.harmful),
-        "base_harmless": _base_scores(trial, trial.harmless),
-        "ablated": float(_ablated_scores(trial, [direction], trial.harmful, silent)[0]),
-        "added": float(_added_scores(trial, [direction], silent)[0]),
-        "kl": float(_kl(trial, [direction], silent)[0]),
-    }
-    return dataclasses.replace(direction, scores=scores)
+def _means(
+    trial: Trial,
+    change: Change,
+    directions: list[Direction],
+    rows: list[list[int]],
+    measure: Measure,
+    progress: Progress = silent,
+) -> Float64Array:
+    """`[directions]` means of a measure over `rows`, with the model changed by each direction.
 
-
-def passes(n_candidates: int, n_harmful: int, n_harmless: int) -> int:
-    """How many rows `choose` runs, for a progress bar."""
-    finalists = min(_FINALISTS, n_candidates)
-    return n_candidates * min(_ROUGH, n_harmful) + finalists * (n_harmful + 2 * n_harmless)
-
-
-def _base_scores(trial: Trial, rows: list[list[int]]) -> float:
-    """Mean refusal score of the model as it is."""
-    total = 0.0
-    for start in range(0, len(rows), trial.batch_size):
-        batch = _pad(trial, rows[start : start + trial.batch_size])
-        total += refusal_score(next_token_log_probs(trial.model, batch), trial.tokens).sum().item()
-    return total / len(rows)
-
-
-def _ablated_scores(
-    trial: Trial, directions: list[Direction], rows: list[list[int]], progress: Progress
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """`[candidates]` mean refusal score of `rows` with each direction ablated everywhere."""
-    totals = np.zeros(len(directions))
-    for pairs in _jobs(trial, len(directions), rows):
-        batch = _pad(trial, [rows[p] for _, p in pairs])
-        vectors = _vectors(trial, directions, [c for c, _ in pairs])
-        with ablate(trial.model, trial.sites, vectors, trial.strength):
-            scores = refusal_score(next_token_log_probs(trial.model, batch), trial.tokens)
-        np.add.at(totals, [c for c, _ in pairs], scores.double().cpu().numpy())
-        progress(len(pairs))
+    All rows of a batch carry directions of their own; the opening that rows share is run once for each direction.
+    """
+    model, totals = trial.model, np.zeros(len(directions))
+    opening, longest = rows[0][: shared_length(rows)], max(map(len, rows))
+    by_length = sorted(range(len(rows)), key=lambda p: len(rows[p]))
+    for start in range(0, len(directions), trial.batch_size):
+        block = directions[start : start + trial.batch_size]
+        with change(block):
+            prefix = run_prefix(model, opening, longest, len(block))
+        at_once = max(1, trial.batch_size // len(block))
+        for i in range(0, len(rows), at_once):
+            prompts = by_length[i : i + at_once]
+            batch = pad_left(model, [rows[p] for _ in block for p in prompts], prefix=prefix)
+            with change([d for d in block for _ in prompts]):
+                figures = measure(next_token_log_probs(model, batch), prompts * len(block))
+            totals[start : start + len(block)] += figures.double().cpu().numpy().reshape(len(block), -1).sum(1)
+            progress(len(batch.indices))
     return totals / len(rows)
 
 
-def _added_scores(
-    trial: Trial, directions: list[Direction], progress: Progress
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """`[candidates]` mean refusal score of harmless prompts with `r` added at the layer it was found at."""
-    totals = np.zeros(len(directions))
-    for pairs in _jobs(trial, len(directions), trial.harmless):
-        batch = _pad(trial, [trial.harmless[p] for _, p in pairs])
-        chosen = [c for c, _ in pairs]
-        scales = torch.tensor([directions[c].scale for c in chosen], device=trial.model.device)
-        vectors = _vectors(trial, directions, chosen) * scales[:, None]
-        with add_vectors(trial.model, [directions[c].layer for c in chosen], vectors):
-            scores = refusal_score(next_token_log_probs(trial.model, batch), trial.tokens)
-        np.add.at(totals, chosen, scores.double().cpu().numpy())
-        progress(len(pairs))
-    return totals / len(trial.harmless)
-
-
-def _kl(trial: Trial, directions: list[Direction], progress: Progress) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """`[candidates]` mean first-token KL(base‖ablated) on harmless prompts, in nats."""
-    totals = np.zeros(len(directions))
-    by_length = sorted(range(len(trial.harmless)), key=lambda p: len(trial.harmless[p]))
-    for start in range(0, len(by_length), trial.batch_size):
-        rows = [trial.harmless[p] for p in by_length[start : start + trial.batch_size]]
-        batch = _pad(trial, rows)
-        base = next_token_log_probs(trial.model, batch)
-        for c, direction in enumerate(directions):
-            with ablate(trial.model, trial.sites, torch.from_numpy(direction.vector), trial.strength):
-                edited = next_token_log_probs(trial.model, batch)
-            totals[c] += (base.exp() * (base - edited)).sum().item()
-            progress(len(rows))
-    return totals / len(trial.harmless)
-
-
-def _jobs(trial: Trial, n_directions: int, rows: list[list[int]]) -> list[list[tuple[int, int]]]:
-    """All (candidate, prompt) pairs in batches, prompts of like length together."""
-    by_length = sorted(range(len(rows)), key=lambda p: len(rows[p]))
-    pairs = [(c, p) for p in by_length for c in range(n_directions)]
-    return [pairs[i : i + trial.batch_size] for i in range(0, len(pairs), trial.batch_size)]
-
-
-def _pad(trial: Trial, rows: list[list[int]]) -> Batch:
-    return pad_left(rows, trial.model.pad_id, trial.model.device)
-
-
-def _vectors(trial: Trial, directions: list[Direction], chosen: list[int]) -> torch.Tensor:
+def _stack(directions: Sequence[Direction]) -> torch.Tensor:
     """`[rows, d_model]`: the direction of each row."""
-    return torch.from_numpy(np.stack([directions[c].vector for c in chosen])).to(trial.model.device)
+    return torch.from_numpy(np.stack([d.vector for d in directions]))

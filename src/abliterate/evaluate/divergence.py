@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from abliterate.evaluate.intervals import Interval, bootstrap
-from abliterate.model.batches import Batch
+from abliterate.model.batches import batches
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
-from abliterate.model.run import last_token_log_probs, padded_batches
+from abliterate.model.run import kl_divergence, last_token_log_probs
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -62,32 +62,26 @@ def divergence(
     rows = [p + c for p, c in zip(prompts, continuations, strict=True)]
     out = np.zeros((len(rows), 5))
     # The logits of a whole vocabulary at every answer token are the largest thing here: keep batches small.
-    for batch in padded_batches(base, rows, max(1, batch_size // 4)):
-        lengths = [len(continuations[i]) for i in batch.indices]
-        part = _batch_divergence(base, other, batch, lengths, width)
-        out[batch.indices] = part
-        progress(len(batch.indices))
+    size, keep = max(1, batch_size // 4), width + 1
+    pairs = zip(batches(base, rows, size, keep), batches(other, rows, size, keep), strict=True)
+    for first, second in pairs:
+        p = last_token_log_probs(base, first, width)
+        q = last_token_log_probs(other, second, width).to(p.device)
+        for row, (index, figures) in enumerate(zip(first.indices, kl_divergence(p, q), strict=True)):
+            out[index] = _figures(p[row], q[row], figures, continuations[index])
+        progress(len(first.indices))
     return Divergence(*(out[:, k].copy() for k in range(5)))
 
 
-def _batch_divergence(base: ChatModel, other: ChatModel, batch: Batch, lengths: list[int], width: int) -> Float64Array:
-    """`[rows, 5]`: the columns of `Divergence` for one batch."""
-    p = last_token_log_probs(base, batch, width)
-    q = last_token_log_probs(other, _on(other, batch), width).to(p.device)
-    kl = (p.exp() * (p - q)).sum(-1)
-    result = np.zeros((len(lengths), 5))
-    for row, n in enumerate(lengths):
-        # Position −n−1 predicts the first answer token, position −2 the last.
-        span = slice(p.shape[1] - 1 - n, p.shape[1] - 1)
-        target = batch.input_ids[row, -n:, None]
-        along = kl[row, span].double()
-        nll = [-(x[row, span].gather(-1, target)).double().sum().item() for x in (p, q)]
-        result[row] = [along[0].item(), along.mean().item(), *nll, n]
-    return result
-
-
-def _on(model: ChatModel, batch: Batch) -> Batch:
-    return Batch(batch.indices, *(t.to(model.device) for t in batch[1:]))
+def _figures(p: torch.Tensor, q: torch.Tensor, kl: torch.Tensor, answer: list[int]) -> list[float]:
+    """The columns of `Divergence` for one row: log-probabilities `[tokens, d_vocab]` of both, KL `[tokens]` between."""
+    n = len(answer)
+    # Position −n−1 predicts the first answer token, position −2 the last.
+    span = slice(len(kl) - 1 - n, len(kl) - 1)
+    target = torch.tensor(answer, device=p.device)[:, None]
+    nll = [-(x[span].gather(-1, target)).double().sum().item() for x in (p, q)]
+    along = kl[span].double()
+    return [along[0].item(), along.mean().item(), *nll, n]
 
 
 def quantiles(values: Float64Array) -> str:
@@ -108,7 +102,7 @@ def leak(
 
     unit = direction.to(model.device, torch.float32)
     out = np.zeros(len(rows))
-    for batch in padded_batches(model, rows, batch_size):
+    for batch in batches(model, rows, batch_size, keep=n_positions):
         shares: list[torch.Tensor] = []
 
         def fold(_layer: int, hidden: torch.Tensor, shares: list[torch.Tensor] = shares) -> None:
@@ -116,6 +110,6 @@ def leak(
             shares.append(((wanted @ unit) / wanted.norm(dim=-1)) ** 2)
 
         with record_resid_post(model, fold):
-            model.model.base_model(**batch.inputs, use_cache=False)
+            model.model.base_model(**batch.inputs)
         out[batch.indices] = torch.stack(shares).mean((0, 2)).sqrt().double().cpu().numpy()
     return out

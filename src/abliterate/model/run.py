@@ -5,7 +5,6 @@ Owns forward passes over lists of token rows; never knows what the rows ask or h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,16 +28,31 @@ def log_probs(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
+def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL divergence in nats along the last axis: `Σ_t p_t (log p_t − log q_t)` from log-probabilities."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
 @torch.inference_mode()
 def next_token_log_probs(model: ChatModel, batch: Batch) -> torch.Tensor:
     """`[rows, d_vocab]` log-probabilities of the token after each row."""
-    return log_probs(model.model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1])
+    return log_probs(model.model(**batch.inputs, logits_to_keep=1).logits[:, -1])
+
+
+def first_token_log_probs(model: ChatModel, rows: list[list[int]], batch_size: int) -> torch.Tensor:
+    """`[len(rows), d_vocab]` log-probabilities of the token after each row."""
+    found = {
+        i: p
+        for b in batches(model, rows, batch_size)
+        for i, p in zip(b.indices, next_token_log_probs(model, b), strict=True)
+    }
+    return torch.stack([found[i] for i in range(len(rows))])
 
 
 @torch.inference_mode()
 def last_token_log_probs(model: ChatModel, batch: Batch, tokens: int) -> torch.Tensor:
     """`[rows, tokens + 1, d_vocab]` log-probabilities of what follows each of the last `tokens + 1` positions."""
-    return log_probs(model.model(**batch.inputs, logits_to_keep=tokens + 1, use_cache=False).logits)
+    return log_probs(model.model(**batch.inputs, logits_to_keep=tokens + 1).logits)
 
 
 @torch.inference_mode()
@@ -54,11 +68,13 @@ def generate(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=model.pad_id
     )
     done: dict[int, Completion] = {}
-    for batch in batches(rows, batch_size, model.pad_id, model.device):
+    for batch in batches(model, rows, batch_size, more=max_new_tokens):
+        opening = torch.tensor(rows[0][: batch.shared], dtype=torch.long, device=model.device)
+        whole = torch.cat([opening.expand(len(batch.indices), -1), batch.input_ids], 1)
         made: torch.Tensor = model.model.generate(  # type: ignore[operator]
-            batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+            whole, attention_mask=batch.attention_mask, past_key_values=batch.past, generation_config=config
         )
-        for index, ids in zip(batch.indices, made[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+        for index, ids in zip(batch.indices, made[:, whole.shape[1] :].tolist(), strict=True):
             done[index] = _completion(model, ids)
         progress(len(batch.indices))
     return [done[i] for i in range(len(rows))]
@@ -70,8 +86,3 @@ def _completion(model: ChatModel, ids: list[int]) -> Completion:
     text = model.chat.tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
     return Completion(text, ids, stop is not None)
-
-
-def padded_batches(model: ChatModel, rows: list[list[int]], batch_size: int) -> Iterator[Batch]:
-    """`batches` with the model's own padding and device."""
-    return batches(rows, batch_size, model.pad_id, model.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -11,15 +12,17 @@ from abliterate.report.record import RunRecord
 
 _CARD = """\
 ---
-base_model: {{ r.model }}
+{% if hub %}
+base_model: {{ hub }}
 base_model_relation: finetune
+{% endif %}
 library_name: transformers
 tags: [abliterate, representation-engineering, directional-ablation]
 ---
 
 # {{ name }}
 
-[{{ r.model }}](https://huggingface.co/{{ r.model }}) with its refusal direction projected out of the weights by
+{{ base }} with its refusal direction projected out of the weights by
 `abliterate` {{ r.version }} (weight orthogonalisation, Arditi et al. 2024, arXiv 2406.11717). **It declines fewer
 requests than its base, including harmful ones.** Use it for research, with safeguards of your own.
 
@@ -44,5 +47,14 @@ def write_card(record: RunRecord, name: str, path: Path) -> None:
     lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows(record.metrics)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) if record.metrics else ""
     worst = max((e["leak"] for e in record.edits), default=0.0)
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(_CARD)  # noqa: S701
-    path.write_text(template.render(r=record, name=name, table=table, leak=worst), encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701
+    hub = _hub_id(record.model)
+    base = f"[{record.model}](https://huggingface.co/{hub})" if hub else f"`{record.model}`"
+    text = environment.from_string(_CARD).render(r=record, name=name, table=table, leak=worst, hub=hub, base=base)
+    path.write_text(text, encoding="utf-8")
+
+
+def _hub_id(model: str) -> str | None:
+    """The hub id that MODEL names without its revision, or None for a folder."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", model)
+    return model.partition("@")[0] if is_id and not Path(model).exists() else None
