@@ -20,7 +20,7 @@ from abliterate.prompts import PromptSet, Splits
 #: Below this share of refusals on harmful prompts there is nothing to find.
 LEAST_RATE = 0.05
 #: An answer's opening moves fit in this many tokens.
-OPENING_TOKENS = 16
+OPENING_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Literal
 from abliterate.errors import UsageError
 
 #: Most prompts used of each set, unless `limit` says otherwise.
-LIMITS = {"train": 128, "validation": 48, "test": 96}
+LIMITS = {"train": 96, "validation": 48, "test": 64}
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Options:
     embeddings: Literal["edit", "keep"] = "edit"
     device: str | None = None
     dtype: str | None = None
-    batch_size: int = 32
-    max_new_tokens: int = 48
+    batch_size: int = 64
+    max_new_tokens: int = 32
     seed: int = 0
     system_prompt: str | None = None
     chat_template: str | None = None

@@ -33,7 +33,7 @@ def stats(mean: np.ndarray, prompts: str, model: str = "m") -> ActivationStats: 
     return ActivationStats("resid_post", (-2, -1), 10, mean, np.ones_like(mean), prompts, model)
 
 
-def test_candidates_are_unit_differences_of_means() -> None:
+def test_candidates_are_unit_differences_of_means_without_the_harmless_mean() -> None:
     rng = np.random.default_rng(0)
     a, b = 1e4 + rng.normal(size=(3, 2, 8)), 1e4 + rng.normal(size=(3, 2, 8))
     found = candidates(stats(a, "x"), stats(b, "y"), last_layer=2)
@@ -41,12 +41,14 @@ def test_candidates_are_unit_differences_of_means() -> None:
     for d in found:
         r = a[d.layer, d.position] - b[d.layer, d.position]
         assert np.linalg.norm(d.vector) == pytest.approx(1, abs=1e-6)
-        assert np.allclose(d.vector * d.scale, r, rtol=1e-5)
+        mean = b[d.layer, d.position] / np.linalg.norm(b[d.layer, d.position])
+        assert abs(r @ mean) > 1e-3 and abs(d.vector @ mean) < 1e-6
+        assert np.allclose(d.vector * d.scale + (r @ mean) * mean, r, rtol=1e-5, atol=1e-5)
 
 
 def test_positions_where_the_sets_do_not_differ_give_no_candidate() -> None:
     a, b = np.ones((1, 2, 4)), np.ones((1, 2, 4))
-    b[0, 1] += 0.5
+    b[0, 1, 0] += 0.5
     assert [d.position for d in candidates(stats(a, "x"), stats(b, "y"), 1)] == [-1]
 
 
@@ -169,10 +171,10 @@ def scored(ablated: float, added: float, kl: float) -> Direction:
 
 def test_every_bound_is_kept_and_named_when_nothing_passes() -> None:
     best, costly = scored(-3, 1, 0.1), scored(-9, 1, 0.5)
-    correlate = scored(-8, -4, 0.0)
+    correlate = scored(-8, -3.5, 0.0)
     pick = choosing._pick
     assert pick([scored(-1, 1, 0.0), best, costly, correlate], 4.0, -4.0, 0.2) is best
-    weak = scored(-3, -2, 0.1)
+    weak = scored(-3, -3, 0.1)
     assert pick([weak, correlate], 4.0, -4.0, 0.2) is weak
     with pytest.raises(VerifyError, match="no candidate direction lowers"):
         pick([scored(5, 1, 0.0)], 4.0, -4.0, 0.2)

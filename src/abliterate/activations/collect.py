@@ -21,7 +21,7 @@ SITE = "resid_post"
 
 @torch.inference_mode()
 def collect(
-    model: ChatModel, prompts: PromptSet, batch_size: int = 32, model_fingerprint: str = "", progress: Progress = silent
+    model: ChatModel, prompts: PromptSet, batch_size: int = 64, model_fingerprint: str = "", progress: Progress = silent
 ) -> ActivationStats:
     """Mean and variance of `resid_post` at every layer and every token after the instruction.
 

@@ -29,7 +29,7 @@ def collect(
     chat_template: options.ChatTemplate = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    batch_size: options.BatchSize = 32,
+    batch_size: options.BatchSize = options.DEFAULT.batch_size,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:

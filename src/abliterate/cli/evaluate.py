@@ -31,8 +31,8 @@ def evaluate(
     chat_template: options.ChatTemplate = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    batch_size: options.BatchSize = 32,
-    max_new_tokens: options.MaxNewTokens = 48,
+    batch_size: options.BatchSize = options.DEFAULT.batch_size,
+    max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
     as_json: options.Json = False,
 ) -> None:
     """Measure MODEL on the test prompts: refusals on harmful and harmless ones; with --base what the edit cost.

@@ -7,6 +7,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from abliterate.options import LIMITS
+from abliterate.options import Options as _Options
+
+#: What every option is where none is given.
+DEFAULT = _Options()
+
 _PROMPTS, _MODEL, _OUTPUT = "Prompts", "Model", "Output"
 
 Model = Annotated[
@@ -28,7 +34,7 @@ Limit = Annotated[
     Optional[int],
     typer.Option(
         help="At most this many prompts in each of train, validation and test.",
-        show_default="128, 48, 96",
+        show_default=", ".join(map(str, LIMITS.values())),
         rich_help_panel=_PROMPTS,
     ),
 ]

@@ -25,11 +25,11 @@ def select(
     layer: options.Layer = None,
     position: options.Position = None,
     strength: options.Strength = 1.0,
-    max_kl: options.MaxKl = 0.2,
+    max_kl: options.MaxKl = options.DEFAULT.max_kl,
     embeddings: options.Embeddings = "edit",
     device: options.Device = None,
     dtype: options.Dtype = None,
-    batch_size: options.BatchSize = 32,
+    batch_size: options.BatchSize = options.DEFAULT.batch_size,
     as_json: options.Json = False,
 ) -> None:
     """Step 2: choose the direction among the differences of means in ACTIVATIONS, by causal test on MODEL.

@@ -28,7 +28,7 @@ from abliterate.model.run import first_token_log_probs, kl_divergence, next_toke
 from abliterate.model.sites import WriterSite
 
 #: Rounds before the finalists meet all prompts: harmful prompts used so far, candidates that stay.
-_ROUNDS = ((4, 32), (12, 12))
+_ROUNDS = ((3, 24), (8, 8))
 #: Layers from this share of the depth on are too close to the output to carry a cause.
 DEEPEST = 0.8
 #: Share of the gap between harmless and harmful scores that adding a cause must close.
@@ -75,8 +75,9 @@ class Trial:
         `added` is the mean refusal score with `r` added at the layer it was found at, `kl` the mean first-token
         KL(base‖ablated) in nats.
         """
+        base = self._harmless  # computed before the model is changed
         (added,) = _means(self, self._add, [direction], self.harmless, lambda p, _: refusal_score(p, self.tokens))
-        (kl,) = _means(self, self._ablate, [direction], self.harmless, lambda p, i: kl_divergence(self._harmless[i], p))
+        (kl,) = _means(self, self._ablate, [direction], self.harmless, lambda p, i: kl_divergence(base[i], p))
         return dataclasses.replace(direction, scores=direction.scores | {"added": float(added), "kl": float(kl)})
 
     @cached_property
@@ -98,11 +99,10 @@ def choose(
     """The candidate that lowers the refusal score most within the bounds, and all finalists with their scores.
 
     After Arditi et al. 2024 (arXiv 2406.11717, appendix C): minimise the refusal score of harmful prompts
-    under ablation, such that adding the direction makes harmless prompts score above zero and KL stays
-    under `max_kl`. Where no candidate's addition crosses zero, it must at least close a tenth of the gap between
-    harmless and harmful scores. Rough rounds on a few prompts pick the finalists, rows of a batch carrying
-    candidates of their own. The bounds are tested from the lowest ablated score upwards until one finalist
-    passes, so `added` and `kl` are known up to there only.
+    under ablation, such that adding the direction makes the score of harmless prompts rise by at least a tenth of
+    the gap to harmful ones, and KL stays under `max_kl`. Rough rounds on a few prompts pick the finalists, rows of a
+    batch carrying candidates of their own. The bounds are tested from the lowest ablated score upwards until one
+    finalist passes, so `added` and `kl` are known up to there only.
 
     Raises:
         VerifyError: no candidate passes; says which bound failed.
@@ -112,11 +112,16 @@ def choose(
     for direction in finalists:
         tested.append(trial.bounded(direction))
         step(1)
-        if tested[-1].scores["added"] > 0 and tested[-1].scores["kl"] <= max_kl:
+        if tested[-1].scores["added"] > _floor(**trial.base) and tested[-1].scores["kl"] <= max_kl:
             break
     step(len(finalists) - len(tested))
     scored = tested + finalists[len(tested) :]
     return _pick(tested, trial.base["base_harmful"], trial.base["base_harmless"], max_kl), scored
+
+
+def _floor(base_harmful: float, base_harmless: float) -> float:
+    """The score that harmless prompts must exceed when a cause is added: some way from harmless to harmful."""
+    return base_harmless + _LEAST_RISE * (base_harmful - base_harmless)
 
 
 def measure(trial: Trial, direction: Direction) -> Direction:
@@ -152,8 +157,8 @@ def _pick(scored: list[Direction], base_harmful: float, base_harmless: float, ma
             f"no candidate direction lowers the refusal score when ablated (base {base_harmful:.2f}); "
             "one direction does not carry this model's refusal"
         )
-    floor = base_harmless + _LEAST_RISE * (base_harmful - base_harmless)
-    causes = [d for d in falls if d.scores["added"] > 0] or [d for d in falls if d.scores["added"] > floor]
+    floor = _floor(base_harmful, base_harmless)
+    causes = [d for d in falls if d.scores["added"] > floor]
     if not causes:
         raise VerifyError(
             "no candidate direction raises the refusal score of harmless prompts when added "

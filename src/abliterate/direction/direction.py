@@ -17,14 +17,14 @@ from abliterate.errors import CheckpointError, VerifyError
 from abliterate.portable import load_arrays, save_arrays
 
 KIND = "a direction"
-METHOD = "difference of means"
+METHOD = "difference of means, orthogonal to the harmless mean"
 
 
 @dataclass(frozen=True)
 class Direction:
     """A unit vector `[d_model]` in the residual stream, and how it was found.
 
-    `scale` is the norm of the difference of means before it was normalised; `layer` counts from 0,
+    `scale` is the norm of the orthogonal part of the difference of means; `layer` counts from 0,
     `position` is negative, from the prompt's end; `scores` holds the causal test's figures; `source`
     the hashes of the model and prompts it came from.
     """
@@ -61,10 +61,12 @@ class Direction:
 
 
 def candidates(harmful: ActivationStats, harmless: ActivationStats, last_layer: int) -> list[Direction]:
-    """`r[l, i] = mean_harmful − mean_harmless`, normalised, for every position and every layer below `last_layer`.
+    """`r[l, i] = mean_harmful − mean_harmless`, orthogonal to `mean_harmless`, for all positions, below `last_layer`.
 
-    The difference is taken in float64 before normalising (arXiv 2406.11717, §2.3): the two means point
-    almost the same way, and what is left after subtraction must not be rounding.
+    `r − (r·μ̂) μ̂` with `μ = mean_harmless` is what refusal adds to an ordinary activation; along `μ` itself the
+    model keeps what every answer needs. The difference is taken in float64 before normalising (arXiv 2406.11717,
+    §2.3): the two means point almost the same way, and what is left after subtraction must not be rounding.
+    Returned as unit vectors; `scale` is the norm before that.
 
     Raises:
         VerifyError: the statistics are of different models, or of the same prompts.
@@ -76,10 +78,14 @@ def candidates(harmful: ActivationStats, harmless: ActivationStats, last_layer: 
     found = []
     for layer in range(last_layer):
         for index, position in enumerate(harmful.positions):
-            r = harmful.mean[layer, index] - harmless.mean[layer, index]
+            mean = harmless.mean[layer, index]
+            size = float(np.linalg.norm(mean))
+            r = harmful.mean[layer, index] - mean
+            if size:
+                r -= (r @ mean / size) * (mean / size)
             scale = float(np.linalg.norm(r))
             # Where template tokens cannot see the request yet, or the first layers add nothing, r is rounding.
-            if scale > 1e-6 * float(np.linalg.norm(harmless.mean[layer, index])):
+            if scale > 1e-6 * size:
                 source = {"model": harmful.model, "harmful": harmful.prompts, "harmless": harmless.prompts}
                 found.append(Direction((r / scale).astype(np.float32), layer, position, scale, source=source))
     return found

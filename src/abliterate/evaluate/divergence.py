@@ -62,7 +62,7 @@ def divergence(
     rows = [p + c for p, c in zip(prompts, continuations, strict=True)]
     out = np.zeros((len(rows), 5))
     # The logits of a whole vocabulary at every answer token are the largest thing here: keep batches small.
-    size, keep = max(1, batch_size // 4), width + 1
+    size, keep = max(1, batch_size // 8), width + 1
     pairs = zip(batches(base, rows, size, keep), batches(other, rows, size, keep), strict=True)
     for first, second in pairs:
         p = last_token_log_probs(base, first, width)
