@@ -45,7 +45,7 @@ class Refusing:
         root = self.folder.parent
         return {
             "harmful": str(root / "harmful.txt"), "harmless": str(root / "harmless.txt"),
-            "layer": 0, "position": -3, "device": "cpu", "dtype": "float32",
+            "layer": 2, "position": -1, "device": "cpu", "dtype": "float32",
         }  # fmt: skip
 
     @property

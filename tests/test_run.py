@@ -200,9 +200,9 @@ def test_the_choice_by_causal_test_takes_a_direction_that_stops_refusals(refusin
     scores = record.direction["scores"]
     assert scores["ablated"] < scores["base_harmful"] and scores["added"] > scores["base_harmless"]
     assert record.direction["layer"] < 0.8 * 4 and len(record.finalists) > 3
-    assert scores["ablated"] == min(
-        f["scores"]["ablated"] for f in record.finalists if f["scores"]["added"] > scores["base_harmless"] + 0.5
-    )
+    floor = scores["base_harmless"] + 0.05 * (scores["base_harmful"] - scores["base_harmless"])
+    passed = [f["scores"] for f in record.finalists if f["scores"].get("added", floor) > floor]
+    assert scores["ablated"] == min(s["ablated"] for s in passed)
 
 
 def test_too_costly_directions_are_refused_with_the_way_out(refusing: Refusing, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_json_goes_to_standard_output_alone(refusing: Refusing, tmp_path: Path) 
     done = call("run", str(refusing.folder), "-o", str(tmp_path / "out"), *refusing.arguments, "--json")
     record = json.loads(done.stdout)
     assert record == json.loads((tmp_path / "out" / "abliteration" / "run.json").read_text())
-    assert record["given"]["layer"] == 0 and done.stderr == ""
+    assert record["given"]["layer"] == 2 and done.stderr == ""
 
 
 def test_the_verbs_one_by_one_give_the_bytes_of_run(
@@ -88,7 +88,7 @@ def test_the_verbs_one_by_one_give_the_bytes_of_run(
     acts, direction, out = (str(tmp_path / name) for name in ("acts", "direction.safetensors", "out"))
     assert run_here("collect", model, "-o", acts, *prompts, "--dtype", "float32") == 0
     assert (
-        run_here("select", model, acts, "-o", direction, "--layer", "0", "--position", "-3", "--dtype", "float32") == 0
+        run_here("select", model, acts, "-o", direction, "--layer", "2", "--position", "-1", "--dtype", "float32") == 0
     )
     assert run_here("edit", model, direction, "-o", out) == 0
     for shard in Path(out).glob("model-*.safetensors"):

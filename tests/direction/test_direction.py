@@ -158,9 +158,13 @@ def test_batched_candidates_score_what_they_score_alone(
         assert measure(trial, direction).scores == pytest.approx(direction.scores, abs=2e-4)
 
 
-def test_the_bounds_are_tested_no_further_than_the_first_that_passes(trial: Trial) -> None:
-    loose = dataclasses.replace(trial, tokens=list(range(200)))  # most tokens count, so every score is above zero
-    found, scored = choose(loose, some(4), 100.0)
+def test_the_bounds_are_tested_no_further_than_the_first_that_passes(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        choosing, "_LEAST_RISE", -1e6 if trial.base["base_harmful"] > trial.base["base_harmless"] else 1e6
+    )
+    found, scored = choose(trial, some(8), 100.0)
     assert found is scored[0] and set(found.scores) > {"added", "kl"}
     assert all("added" not in d.scores for d in scored[1:])
 

@@ -142,7 +142,7 @@ def test_the_record_survives_its_file(finished: tuple[RunRecord, Path], tmp_path
 def test_the_card_carries_provenance_and_the_table(finished: tuple[RunRecord, Path], refusing: Refusing) -> None:
     card = (finished[1] / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: ") and f"`{refusing.folder}` with its refusal direction" in card
-    assert "layer 0, position -3" in card and "| refusals |" in card and "abliteration/run.json" in card
+    assert "layer 2, position -1" in card and "| refusals |" in card and "abliteration/run.json" in card
 
 
 def test_the_card_links_a_hub_id_and_no_folder(finished: tuple[RunRecord, Path], tmp_path: Path) -> None:

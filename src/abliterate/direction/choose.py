@@ -32,7 +32,7 @@ _ROUNDS = ((3, 24), (8, 8))
 #: Layers from this share of the depth on are too close to the output to carry a cause.
 DEEPEST = 0.8
 #: Share of the gap between harmless and harmful scores that adding a cause must close.
-_LEAST_RISE = 0.1
+_LEAST_RISE = 0.05
 #: Bound on first-token KL(base‖ablated) on harmless prompts, in nats.
 MAX_KL = 0.2
 
@@ -99,7 +99,7 @@ def choose(
     """The candidate that lowers the refusal score most within the bounds, and all finalists with their scores.
 
     After Arditi et al. 2024 (arXiv 2406.11717, appendix C): minimise the refusal score of harmful prompts
-    under ablation, such that adding the direction makes the score of harmless prompts rise by at least a tenth of
+    under ablation, such that adding the direction makes the score of harmless prompts rise by at least a twentieth of
     the gap to harmful ones, and KL stays under `max_kl`. Rough rounds on a few prompts pick the finalists, rows of a
     batch carrying candidates of their own. The bounds are tested from the lowest ablated score upwards until one
     finalist passes, so `added` and `kl` are known up to there only.
