@@ -175,7 +175,7 @@ def scored(ablated: float, added: float, kl: float) -> Direction:
 
 def test_every_bound_is_kept_and_named_when_nothing_passes() -> None:
     best, costly = scored(-3, 1, 0.1), scored(-9, 1, 0.5)
-    correlate = scored(-8, -3.5, 0.0)
+    correlate = scored(-8, -4, 0.0)
     pick = choosing._pick
     assert pick([scored(-1, 1, 0.0), best, costly, correlate], 4.0, -4.0, 0.2) is best
     weak = scored(-3, -3, 0.1)
