@@ -150,7 +150,7 @@ def test_batched_candidates_score_what_they_score_alone(
     monkeypatch.setattr(choosing, "_pick", lambda tested, *_a: tested[0])
     monkeypatch.setattr(choosing, "_ROUNDS", ((1, 4), (2, 3)))
     _, scored = choose(trial, some(5), -1.0, steps)
-    assert announced == [5 * 1 + 4 * 1 + 3 * 1, 3] and sum(done) == sum(announced)
+    assert announced == [5 * 1 + 4 * 1 + 3 * 1 + (5 * 1 + 4 * 1), 3] and sum(done) == sum(announced)
     assert len(scored) == 3 and scored == sorted(scored, key=lambda d: d.scores["ablated"])
     for direction in scored:
         for name, value in brute(trial, direction).items():

@@ -27,8 +27,10 @@ from abliterate.model.progress import Progress, Steps, no_steps, silent
 from abliterate.model.run import first_token_log_probs, kl_divergence, next_token_log_probs
 from abliterate.model.sites import WriterSite
 
-#: Rounds before the finalists meet all prompts: harmful prompts used so far, candidates that stay.
+#: Rounds before the finalists meet all prompts: prompts of each kind used so far, candidates that stay.
 _ROUNDS = ((3, 24), (8, 8))
+#: How far over the bound a mean KL of a few prompts may lie before a candidate is put behind the others.
+_SLACK = 1.5
 #: Layers from this share of the depth on are too close to the output to carry a cause.
 DEEPEST = 0.8
 #: Share of the gap between harmless and harmful scores that adding a cause must close.
@@ -69,15 +71,20 @@ class Trial:
         """`[directions]` mean refusal scores of `rows` with each direction ablated everywhere."""
         return _means(self, self._ablate, directions, rows, lambda p, _: refusal_score(p, self.tokens), progress)
 
+    def costs(self, directions: list[Direction], start: int, stop: int, progress: Progress = silent) -> Float64Array:
+        """`[directions]` mean first-token KL(base‖ablated), in nats, on a range of the harmless prompts."""
+        base = self._harmless[start:stop]  # computed before the model is changed
+        rows = self.harmless[start:stop]
+        return _means(self, self._ablate, directions, rows, lambda p, i: kl_divergence(base[i], p), progress)
+
     def bounded(self, direction: Direction) -> Direction:
         """The direction with the figures that are bounded, on harmless prompts.
 
         `added` is the mean refusal score with `r` added at the layer it was found at, `kl` the mean first-token
         KL(base‖ablated) in nats.
         """
-        base = self._harmless  # computed before the model is changed
         (added,) = _means(self, self._add, [direction], self.harmless, lambda p, _: refusal_score(p, self.tokens))
-        (kl,) = _means(self, self._ablate, [direction], self.harmless, lambda p, i: kl_divergence(base[i], p))
+        (kl,) = self.costs([direction], 0, len(self.harmless))
         return dataclasses.replace(direction, scores=direction.scores | {"added": float(added), "kl": float(kl)})
 
     @cached_property
@@ -107,7 +114,7 @@ def choose(
     Raises:
         VerifyError: no candidate passes; says which bound failed.
     """
-    finalists = _finalists(trial, candidates, steps)
+    finalists = _finalists(trial, candidates, max_kl, steps)
     step, tested = steps("testing the choice", len(finalists)), list[Direction]()
     for direction in finalists:
         tested.append(trial.bounded(direction))
@@ -130,22 +137,31 @@ def measure(trial: Trial, direction: Direction) -> Direction:
     return trial.bounded(dataclasses.replace(direction, scores=trial.base | {"ablated": ablated}))
 
 
-def _finalists(trial: Trial, candidates: list[Direction], steps: Steps) -> list[Direction]:
-    """The candidates with the lowest ablated scores, lowest first, by rounds on more and more harmful prompts."""
+def _finalists(trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps) -> list[Direction]:
+    """The candidates with the lowest ablated scores, lowest first, by rounds on more and more prompts.
+
+    Those whose KL is far over the bound on the rounds' harmless prompts come behind all others.
+    """
     everything = len(trial.harmful)
-    rounds = [(min(upto, everything), stay) for upto, stay in (*_ROUNDS, (everything, _ROUNDS[-1][1]))]
+    rounds = [(min(upto, everything, len(trial.harmless)), stay) for upto, stay in _ROUNDS]
+    rounds.append((everything, _ROUNDS[-1][1]))
     sizes = [len(candidates), *(min(stay, len(candidates)) for _, stay in rounds)]
-    upto = [0, *(upto for upto, _ in rounds)]
-    step = steps("choosing the direction", sum(n * (b - a) for n, (a, b) in zip(sizes, pairwise(upto), strict=False)))
-    totals = np.zeros(len(candidates))
-    for (start, stop), (_, stay) in zip(pairwise(upto), rounds, strict=True):
-        if rows := trial.harmful[start:stop]:
-            totals += trial.ablated(candidates, rows, step) * len(rows)
-        best = np.argsort(totals, kind="stable")[:stay]
-        candidates, totals = [candidates[i] for i in best], totals[best]
+    spans = list(pairwise([0, *(upto for upto, _ in rounds)]))
+    rows = sum(n * (b - a) for n, (a, b) in zip(sizes, spans, strict=False))
+    step = steps(
+        "choosing the direction", rows + sum(n * (b - a) for n, (a, b) in zip(sizes, spans[:-1], strict=False))
+    )
+    scores, costs = np.zeros((2, len(candidates)))
+    for (start, stop), (_, stay) in zip(spans, rounds, strict=True):
+        if stop > start:
+            scores += trial.ablated(candidates, trial.harmful[start:stop], step) * (stop - start)
+            if (start, stop) != spans[-1]:
+                costs += trial.costs(candidates, start, stop, step) * (stop - start)
+        best = np.lexsort((scores, costs > _SLACK * max_kl * min(stop, spans[-1][0])))[:stay]
+        candidates, scores, costs = [candidates[i] for i in best], scores[best], costs[best]
     return [
-        dataclasses.replace(d, scores=trial.base | {"ablated": float(total / everything)})
-        for d, total in zip(candidates, totals, strict=True)
+        dataclasses.replace(d, scores=trial.base | {"ablated": float(score / everything)})
+        for d, score in zip(candidates, scores, strict=True)
     ]
 
 
