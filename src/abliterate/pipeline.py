@@ -13,7 +13,7 @@ from typing import Any
 
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
 from abliterate.checkpoint.stream import require_disk
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import EditPlan, plan_edit
@@ -171,6 +171,7 @@ class _Run:
         }
         return RunRecord(
             model=self.name,
+            hub_id=hub_name(self.name),
             model_fingerprint=self.checkpoint.fingerprint,
             given=given,
             resolved=resolved,

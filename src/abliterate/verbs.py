@@ -13,7 +13,7 @@ from typing import Any
 
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint import hub_name, open_checkpoint
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
@@ -140,6 +140,7 @@ def edit(
     found.save(work.records / "directions.safetensors")
     record = RunRecord(
         model=model,
+        hub_id=hub_name(model),
         model_fingerprint=checkpoint.fingerprint,
         given={"model": model, "direction": str(direction), "output": str(output), **options},
         resolved=asdict(chosen) | {"n_layers": checkpoint.config["num_hidden_layers"]},

@@ -5,6 +5,6 @@ Never knows torch models or directions.
 
 from abliterate.checkpoint.folder import Checkpoint, open_checkpoint
 from abliterate.checkpoint.safetensors_file import TensorInfo
-from abliterate.checkpoint.source import resolve_model
+from abliterate.checkpoint.source import hub_name, resolve_model
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "resolve_model"]
+__all__ = ["Checkpoint", "TensorInfo", "hub_name", "open_checkpoint", "resolve_model"]

@@ -31,11 +31,19 @@ def resolve_model(model: str) -> Path:
         raise UnsupportedError(f"{model}: GGUF files cannot be edited yet; give the model's safetensors checkpoint")
     if path.is_file():
         raise CheckpointError(f"{model}: a file; expected the checkpoint folder that holds it and its config.json")
-    if _HUB_ID.fullmatch(model) is None or (path.parent.is_dir() and str(path.parent) != "."):
+    if hub_name(model) is None:
         raise CheckpointError(
             f"{model}: no such folder, and not a hub id (org/name or org/name@revision); check the path"
         )
     return download(model)
+
+
+def hub_name(model: str) -> str | None:
+    """The `org/name` that `model` names on the hub, without its revision; None for a folder."""
+    path = Path(model)
+    if _HUB_ID.fullmatch(model) is None or path.is_dir() or (path.parent.is_dir() and str(path.parent) != "."):
+        return None
+    return model.partition("@")[0]
 
 
 def download(hub_id: str, repo_type: str = "model") -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -48,13 +47,7 @@ def write_card(record: RunRecord, name: str, path: Path) -> None:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) if record.metrics else ""
     worst = max((e["leak"] for e in record.edits), default=0.0)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701
-    hub = _hub_id(record.model)
+    hub = record.hub_id
     base = f"[{record.model}](https://huggingface.co/{hub})" if hub else f"`{record.model}`"
     text = environment.from_string(_CARD).render(r=record, name=name, table=table, leak=worst, hub=hub, base=base)
     path.write_text(text, encoding="utf-8")
-
-
-def _hub_id(model: str) -> str | None:
-    """The hub id that MODEL names without its revision, or None for a folder."""
-    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", model)
-    return model.partition("@")[0] if is_id and not Path(model).exists() else None

@@ -21,11 +21,13 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 class RunRecord:
     """One run: arguments as given and as resolved, sources with hashes, direction, edits, metrics, timings.
 
-    `metrics` is a list of `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`;
-    `edits` one entry for each edited tensor with its leak after the cast; `seconds` wall time for each step.
+    `hub_id` is the base's name on the hub, if that is where it came from; `metrics` is a list of
+    `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
+    edited tensor with its leak after the cast; `seconds` wall time for each step.
     """
 
     model: str
+    hub_id: str | None
     model_fingerprint: str
     given: dict[str, Any]
     resolved: dict[str, Any]
