@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from abliterate.activations.collect import collect
 from abliterate.activations.stats import ActivationStats
 from abliterate.errors import CheckpointError, UnsupportedError, UsageError
+from abliterate.model import run
 from abliterate.model.batches import batches, pad_left
 from abliterate.model.chat import load_tokenizer
 from abliterate.model.hooks import ablate, add_vectors, record_resid_post
@@ -187,29 +188,44 @@ def test_added_vectors_reach_their_layer_and_row_alone(tiny: Tiny) -> None:
     assert torch.allclose(after[2, 1], before[2, 1] + 1, atol=1e-5)
 
 
-def test_generation_is_greedy_whatever_the_checkpoint_ships(tiny: Tiny, tmp_path: Path) -> None:
+def greedy(model: ChatModel, row: list[int], budget: int) -> list[int]:
+    """Greedy tokens behind one row, by whole forward passes without a cache."""
+    ids = list(row)
+    for _ in range(budget):
+        with torch.inference_mode():
+            token = int(model.model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token in model.stop_ids:
+            break
+        ids.append(token)
+    return ids[len(row) :]
+
+
+@pytest.mark.parametrize("system_prompt", [None, "You are brief, and kind."])
+def test_generation_is_greedy_whatever_the_checkpoint_ships_and_whoever_ends_early(
+    system_prompt: str | None, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import json
     import shutil
 
     folder = tmp_path / "model"
     shutil.copytree(tiny("llama"), folder)
-    settings = {"repetition_penalty": 5.0, "temperature": 0.1, "do_sample": True, "eos_token_id": [1, 9]}
+    plain = load_model(folder, device="cpu", dtype="float32", system_prompt=system_prompt)
+    free = [greedy(plain, row, 8) for row in plain.chat.encode(PROMPTS.prompts)]
+    # A stop token at which some rows end, at different times, and others do not.
+    stop = next(t for t in sorted({t for ids in free for t in ids}) if 0 < sum(t in ids for ids in free) < len(free))
+    settings = {"repetition_penalty": 5.0, "temperature": 0.1, "do_sample": True, "eos_token_id": [1, stop]}
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    model = running(folder)
-    assert model.stop_ids == [1, 9]
+    model = load_model(folder, device="cpu", dtype="float32", system_prompt=system_prompt)
+    assert model.stop_ids == sorted({1, stop})
     rows = model.chat.encode(PROMPTS.prompts)
-    made = generate(model, rows, 8, 5)
-    for row, completion in zip(rows, made, strict=True):
-        ids, out = list(row), []
-        for _ in range(8):
-            with torch.inference_mode():
-                token = int(model.model(torch.tensor([ids])).logits[0, -1].argmax())
-            if token in model.stop_ids:
-                break
-            ids.append(token)
-            out.append(token)
-        assert completion.ids == out
-    assert [c.ids for c in generate(model, rows, 8, 1)] == [c.ids for c in made]
+    expected = [greedy(model, row, 8) for row in rows]
+    assert len(set(map(len, expected))) > 1
+    for first in (2, 3, 20):
+        monkeypatch.setattr(run, "_FIRST", first)
+        made = generate(model, rows, 8, 5)
+        assert [c.ids for c in made] == expected
+        assert [c.ended for c in made] == [len(ids) < 8 for ids in expected]
+    assert [c.ids for c in generate(model, rows, 8, 1)] == expected
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))

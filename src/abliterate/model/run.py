@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from abliterate.model.batches import Batch, batches
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
+
+#: Tokens after which answers that have ended leave their batch: as many as a plain refusal has.
+_FIRST = 12
 
 
 class Completion(NamedTuple):
@@ -64,20 +67,36 @@ def generate(
     progress: Progress = silent,
 ) -> list[Completion]:
     """Greedy completions in the order of the rows, free of the checkpoint's own sampling settings."""
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=model.pad_id
-    )
     done: dict[int, Completion] = {}
     for batch in batches(model, rows, batch_size, more=max_new_tokens):
         opening = torch.tensor(rows[0][: batch.shared], dtype=torch.long, device=model.device)
         whole = torch.cat([opening.expand(len(batch.indices), -1), batch.input_ids], 1)
-        made: torch.Tensor = model.model.generate(  # type: ignore[operator]
-            whole, attention_mask=batch.attention_mask, past_key_values=batch.past, generation_config=config
-        )
-        for index, ids in zip(batch.indices, made[:, whole.shape[1] :].tolist(), strict=True):
-            done[index] = _completion(model, ids)
+        made = _continue(model, whole, batch.attention_mask, batch.past, max_new_tokens)
+        done |= {index: _completion(model, ids) for index, ids in zip(batch.indices, made, strict=True)}
         progress(len(batch.indices))
     return [done[i] for i in range(len(rows))]
+
+
+def _continue(
+    model: ChatModel, whole: torch.Tensor, mask: torch.Tensor, past: DynamicCache | None, budget: int
+) -> list[list[int]]:
+    """At most `budget` greedy tokens behind each row of `whole`; rows that ended drop out after the first few."""
+    first = budget if past is None else min(_FIRST, budget)
+    config = GenerationConfig(
+        max_new_tokens=first, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=model.pad_id
+    )
+    longer: torch.Tensor = model.model.generate(  # type: ignore[operator]
+        whole, attention_mask=mask, past_key_values=past, generation_config=config
+    )
+    made: list[list[int]] = longer[:, whole.shape[1] :].tolist()
+    going = [i for i, ids in enumerate(made) if not set(ids) & set(model.stop_ids)]
+    if past is None or budget == first or not going:
+        return made
+    past.batch_select_indices(torch.tensor(going, device=model.device))
+    mask = torch.cat([mask, mask.new_ones(len(mask), first)], 1)[going]
+    for i, more in zip(going, _continue(model, longer[going], mask, past, budget - first), strict=True):
+        made[i] += more
+    return made
 
 
 def _completion(model: ChatModel, ids: list[int]) -> Completion:
