@@ -198,10 +198,10 @@ def test_the_choice_by_causal_test_takes_a_direction_that_stops_refusals(refusin
     options = {k: v for k, v in refusing.options.items() if k not in ("layer", "position")}
     record = abliterate.run(str(refusing.folder), tmp_path / "out", max_kl=20.0, **options)
     scores = record.direction["scores"]
-    assert scores["ablated"] < scores["base_harmful"] and scores["added"] > scores["base_harmless"]
+    assert scores["ablated"] < scores["base_harmful"] and scores["rise"] > 0
+    assert scores["added"] > scores["base_harmless"] + scores["rise"]
     assert record.direction["layer"] < 0.8 * 4 and len(record.finalists) > 3
-    floor = scores["base_harmless"] + 0.05 * (scores["base_harmful"] - scores["base_harmless"])
-    passed = [f["scores"] for f in record.finalists if f["scores"].get("added", floor) > floor]
+    passed = [f["scores"] for f in record.finalists if f["scores"].get("rise", 0) > 0]
     assert scores["ablated"] == min(s["ablated"] for s in passed)
 
 

@@ -130,7 +130,9 @@ def brute(trial: Trial, direction: Direction) -> dict[str, float]:
         kl = [(b.exp() * (b - log_probs(row))).sum().item() for b, row in zip(base, trial.harmless, strict=True)]
         found["kl"] = np.mean(kl)
     with add_vectors(model, [direction.layer], r[None] * direction.scale):
-        found["added"] = np.mean([score(row) for row in trial.harmless])
+        rises = np.array([score(row) for row in trial.harmless]) - [refusal_score(b, trial.tokens).item() for b in base]
+        found["added"] = found["base_harmless"] + rises.mean()
+        found["rise"] = rises.mean() - 1.96 * rises.std() / np.sqrt(len(rises))
     return {k: float(v) for k, v in found.items()}
 
 
@@ -147,10 +149,10 @@ def test_batched_candidates_score_what_they_score_alone(
         announced.append(total)
         return done.append
 
-    monkeypatch.setattr(choosing, "_pick", lambda tested, *_a: tested[0])
+    monkeypatch.setattr(choosing, "_pick", lambda tested, _max_kl: tested[0])
     monkeypatch.setattr(choosing, "_ROUNDS", ((1, 4), (2, 3)))
     _, scored = choose(trial, some(5), -1.0, steps)
-    assert announced == [5 * 1 + 4 * 1 + 3 * 1 + (5 * 1 + 4 * 1), 3] and sum(done) == sum(announced)
+    assert announced == [5 * 2 + 4 * 2 + 3 * 1, 3] and sum(done) == sum(announced)
     assert len(scored) == 3 and scored == sorted(scored, key=lambda d: d.scores["ablated"])
     for direction in scored:
         for name, value in brute(trial, direction).items():
@@ -161,31 +163,29 @@ def test_batched_candidates_score_what_they_score_alone(
 def test_the_bounds_are_tested_no_further_than_the_first_that_passes(
     trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        choosing, "_LEAST_RISE", -1e6 if trial.base["base_harmful"] > trial.base["base_harmless"] else 1e6
-    )
+    monkeypatch.setattr(choosing, "_CERTAIN", -1e6)
+    monkeypatch.setattr(choosing, "_pick", lambda tested, _max_kl: tested[-1])
     found, scored = choose(trial, some(8), 100.0)
-    assert found is scored[0] and set(found.scores) > {"added", "kl"}
-    assert all("added" not in d.scores for d in scored[1:])
+    assert found is scored[0] and set(found.scores) > {"added", "rise", "kl"}
+    assert len(scored) == 6 and all("rise" not in d.scores for d in scored[1:])
 
 
-def scored(ablated: float, added: float, kl: float) -> Direction:
-    return dataclasses.replace(some(1)[0], scores={"ablated": ablated, "added": added, "kl": kl})
+def scored(ablated: float, rise: float, kl: float) -> Direction:
+    base = {"base_harmful": 4.0, "base_harmless": -4.0}
+    return dataclasses.replace(some(1)[0], scores=base | {"ablated": ablated, "rise": rise, "kl": kl})
 
 
 def test_every_bound_is_kept_and_named_when_nothing_passes() -> None:
     best, costly = scored(-3, 1, 0.1), scored(-9, 1, 0.5)
-    correlate = scored(-8, -4, 0.0)
+    correlate = scored(-8, -0.1, 0.0)
     pick = choosing._pick
-    assert pick([scored(-1, 1, 0.0), best, costly, correlate], 4.0, -4.0, 0.2) is best
-    weak = scored(-3, -3, 0.1)
-    assert pick([weak, correlate], 4.0, -4.0, 0.2) is weak
+    assert pick([scored(-1, 1, 0.0), best, costly, correlate], 0.2) is best
     with pytest.raises(VerifyError, match="no candidate direction lowers"):
-        pick([scored(5, 1, 0.0)], 4.0, -4.0, 0.2)
+        pick([scored(5, 1, 0.0)], 0.2)
     with pytest.raises(VerifyError, match="correlate"):
-        pick([correlate], 4.0, -4.0, 0.2)
+        pick([correlate], 0.2)
     with pytest.raises(VerifyError, match=r"KL 0\.500.*--max-kl"):
-        pick([costly], 4.0, -4.0, 0.2)
+        pick([costly], 0.2)
 
 
 def test_ablating_the_known_direction_stops_refusals_and_a_random_one_does_not(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -27,17 +26,14 @@ from abliterate.model.progress import Progress, Steps, no_steps, silent
 from abliterate.model.run import first_token_log_probs, kl_divergence, next_token_log_probs
 from abliterate.model.sites import WriterSite
 
-#: Rounds before the finalists meet all prompts: prompts of each kind used so far, candidates that stay.
-_ROUNDS = ((3, 24), (8, 8))
+#: Rounds before the finalists meet all prompts: prompts of each kind used by then, candidates that stay.
+_ROUNDS = ((2, 24), (8, 6))
 #: How far over the bound a mean KL of a few prompts may lie before a candidate is put behind the others.
 _SLACK = 1.5
 #: Layers from this share of the depth on are too close to the output to carry a cause.
 DEEPEST = 0.8
-#: Share of the gap between harmless and harmful scores that adding a cause must close.
-_LEAST_RISE = 0.05
-#: Bound on first-token KL(base‖ablated) on harmless prompts, in nats.
-MAX_KL = 0.2
-
+#: Standard errors by which adding a cause must raise the refusal score: the rise is no accident of the prompts.
+_CERTAIN = 1.96
 
 Float64Array = npt.NDArray[np.float64]
 #: Changes the running model while it lasts, each row of a batch by a direction of its own.
@@ -67,25 +63,46 @@ class Trial:
             "base_harmless": refusal_score(self._harmless, self.tokens).mean().item(),
         }
 
-    def ablated(self, directions: list[Direction], rows: list[list[int]], progress: Progress = silent) -> Float64Array:
-        """`[directions]` mean refusal scores of `rows` with each direction ablated everywhere."""
-        return _means(self, self._ablate, directions, rows, lambda p, _: refusal_score(p, self.tokens), progress)
+    def ablated(
+        self, directions: list[Direction], harmful: range, harmless: range, progress: Progress = silent
+    ) -> tuple[Float64Array, Float64Array]:
+        """What each direction does when ablated everywhere, on a range of the harmful and of the harmless prompts.
 
-    def costs(self, directions: list[Direction], start: int, stop: int, progress: Progress = silent) -> Float64Array:
-        """`[directions]` mean first-token KL(base‖ablated), in nats, on a range of the harmless prompts."""
-        base = self._harmless[start:stop]  # computed before the model is changed
-        rows = self.harmless[start:stop]
-        return _means(self, self._ablate, directions, rows, lambda p, i: kl_divergence(base[i], p), progress)
+        Returns refusal scores `[directions, harmful]` and first-token KL(base‖ablated) `[directions, harmless]`, nats.
+        """
+        rows = [self.harmful[i] for i in harmful] + [self.harmless[i] for i in harmless]
+        base = self._harmless[list(harmless)]  # computed before the model is changed
+
+        def measure(p: torch.Tensor, prompts: list[int]) -> torch.Tensor:
+            which = torch.tensor(prompts, device=p.device) - len(harmful)
+            figures = refusal_score(p, self.tokens)
+            figures[which >= 0] = kl_divergence(base[which[which >= 0]], p[which >= 0])
+            return figures
+
+        found = _figures(self, self._ablate, directions, rows, measure, progress)
+        return found[:, : len(harmful)], found[:, len(harmful) :]
+
+    def added(self, direction: Direction) -> Float64Array:
+        """`[harmless]` rises of the refusal score with `r` added at the layer it was found at."""
+        (scores,) = _figures(self, self._add, [direction], self.harmless, lambda p, _: refusal_score(p, self.tokens))
+        base: Float64Array = refusal_score(self._harmless, self.tokens).double().cpu().numpy()
+        rises: Float64Array = scores - base
+        return rises
 
     def bounded(self, direction: Direction) -> Direction:
         """The direction with the figures that are bounded, on harmless prompts.
 
-        `added` is the mean refusal score with `r` added at the layer it was found at, `kl` the mean first-token
-        KL(base‖ablated) in nats.
+        `added` is the mean refusal score with `r` added, `rise` how far that is above the base's, less 1.96 standard
+        errors, and `kl` the mean first-token KL(base‖ablated) in nats.
         """
-        (added,) = _means(self, self._add, [direction], self.harmless, lambda p, _: refusal_score(p, self.tokens))
-        (kl,) = self.costs([direction], 0, len(self.harmless))
-        return dataclasses.replace(direction, scores=direction.scores | {"added": float(added), "kl": float(kl)})
+        rises = self.added(direction)
+        _, (kl,) = self.ablated([direction], range(0), range(len(self.harmless)))
+        figures = {
+            "added": self.base["base_harmless"] + rises.mean(),
+            "rise": rises.mean() - _CERTAIN * rises.std() / len(rises) ** 0.5,
+            "kl": kl.mean(),
+        }
+        return dataclasses.replace(direction, scores=direction.scores | {k: float(v) for k, v in figures.items()})
 
     @cached_property
     def _harmless(self) -> torch.Tensor:
@@ -101,15 +118,15 @@ class Trial:
 
 
 def choose(
-    trial: Trial, candidates: list[Direction], max_kl: float = MAX_KL, steps: Steps = no_steps
+    trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps = no_steps
 ) -> tuple[Direction, list[Direction]]:
     """The candidate that lowers the refusal score most within the bounds, and all finalists with their scores.
 
     After Arditi et al. 2024 (arXiv 2406.11717, appendix C): minimise the refusal score of harmful prompts
-    under ablation, such that adding the direction makes the score of harmless prompts rise by at least a twentieth of
-    the gap to harmful ones, and KL stays under `max_kl`. Rough rounds on a few prompts pick the finalists, rows of a
-    batch carrying candidates of their own. The bounds are tested from the lowest ablated score upwards until one
-    finalist passes, so `added` and `kl` are known up to there only.
+    under ablation, such that adding the direction surely raises the score of harmless prompts, and KL stays under
+    `max_kl`. Rough rounds on a few prompts pick the finalists, rows of a batch carrying candidates of their own. The
+    bounds are tested from the lowest ablated score upwards until one finalist passes, so `added`, `rise` and `kl` are
+    known up to there only.
 
     Raises:
         VerifyError: no candidate passes; says which bound failed.
@@ -119,22 +136,16 @@ def choose(
     for direction in finalists:
         tested.append(trial.bounded(direction))
         step(1)
-        if tested[-1].scores["added"] > _floor(**trial.base) and tested[-1].scores["kl"] <= max_kl:
+        if tested[-1].scores["rise"] > 0 and tested[-1].scores["kl"] <= max_kl:
             break
     step(len(finalists) - len(tested))
-    scored = tested + finalists[len(tested) :]
-    return _pick(tested, trial.base["base_harmful"], trial.base["base_harmless"], max_kl), scored
-
-
-def _floor(base_harmful: float, base_harmless: float) -> float:
-    """The score that harmless prompts must exceed when a cause is added: some way from harmless to harmful."""
-    return base_harmless + _LEAST_RISE * (base_harmful - base_harmless)
+    return _pick(tested, max_kl), tested + finalists[len(tested) :]
 
 
 def measure(trial: Trial, direction: Direction) -> Direction:
     """The causal test of one direction that a person named, its figures in `scores`; nothing is bounded."""
-    ablated = float(trial.ablated([direction], trial.harmful)[0])
-    return trial.bounded(dataclasses.replace(direction, scores=trial.base | {"ablated": ablated}))
+    scores, _ = trial.ablated([direction], range(len(trial.harmful)), range(0))
+    return trial.bounded(dataclasses.replace(direction, scores=trial.base | {"ablated": float(scores.mean())}))
 
 
 def _finalists(trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps) -> list[Direction]:
@@ -142,43 +153,42 @@ def _finalists(trial: Trial, candidates: list[Direction], max_kl: float, steps: 
 
     Those whose KL is far over the bound on the rounds' harmless prompts come behind all others.
     """
-    everything = len(trial.harmful)
-    rounds = [(min(upto, everything, len(trial.harmless)), stay) for upto, stay in _ROUNDS]
-    rounds.append((everything, _ROUNDS[-1][1]))
-    sizes = [len(candidates), *(min(stay, len(candidates)) for _, stay in rounds)]
-    spans = list(pairwise([0, *(upto for upto, _ in rounds)]))
-    rows = sum(n * (b - a) for n, (a, b) in zip(sizes, spans, strict=False))
+    everything, rounds = len(trial.harmful), list[tuple[range, range, int]]()
+    start = 0
+    for stop, stay in _ROUNDS:
+        rounds.append((range(start, min(stop, everything)), range(start, min(stop, len(trial.harmless))), stay))
+        start = stop
+    rounds.append((range(start, everything), range(0), _ROUNDS[-1][1]))
+    sizes = [len(candidates), *(min(stay, len(candidates)) for *_, stay in rounds)]
     step = steps(
-        "choosing the direction", rows + sum(n * (b - a) for n, (a, b) in zip(sizes, spans[:-1], strict=False))
+        "choosing the direction",
+        sum(n * (len(harmful) + len(harmless)) for n, (harmful, harmless, _) in zip(sizes, rounds, strict=False)),
     )
-    scores, costs = np.zeros((2, len(candidates)))
-    for (start, stop), (_, stay) in zip(spans, rounds, strict=True):
-        if stop > start:
-            scores += trial.ablated(candidates, trial.harmful[start:stop], step) * (stop - start)
-            if (start, stop) != spans[-1]:
-                costs += trial.costs(candidates, start, stop, step) * (stop - start)
-        best = np.lexsort((scores, costs > _SLACK * max_kl * min(stop, spans[-1][0])))[:stay]
+    scores, costs = np.zeros((len(candidates), 0)), np.zeros((len(candidates), 0))
+    for harmful, harmless, stay in rounds:
+        found = trial.ablated(candidates, harmful, harmless, step)
+        scores, costs = (np.concatenate(both, 1) for both in zip((scores, costs), found, strict=True))
+        best = np.lexsort((scores.mean(1), costs.mean(1) > _SLACK * max_kl))[:stay]
         candidates, scores, costs = [candidates[i] for i in best], scores[best], costs[best]
     return [
-        dataclasses.replace(d, scores=trial.base | {"ablated": float(score / everything)})
+        dataclasses.replace(d, scores=trial.base | {"ablated": float(score.mean())})
         for d, score in zip(candidates, scores, strict=True)
     ]
 
 
-def _pick(scored: list[Direction], base_harmful: float, base_harmless: float, max_kl: float) -> Direction:
+def _pick(tested: list[Direction], max_kl: float) -> Direction:
     """The finalist with the lowest ablated score among those that pass every bound."""
-    falls = [d for d in scored if d.scores["ablated"] < base_harmful]
+    falls = [d for d in tested if d.scores["ablated"] < d.scores["base_harmful"]]
     if not falls:
         raise VerifyError(
-            f"no candidate direction lowers the refusal score when ablated (base {base_harmful:.2f}); "
-            "one direction does not carry this model's refusal"
+            f"no candidate direction lowers the refusal score when ablated (base "
+            f"{tested[0].scores['base_harmful']:.2f}); one direction does not carry this model's refusal"
         )
-    floor = _floor(base_harmful, base_harmless)
-    causes = [d for d in falls if d.scores["added"] > floor]
+    causes = [d for d in falls if d.scores["rise"] > 0]
     if not causes:
         raise VerifyError(
             "no candidate direction raises the refusal score of harmless prompts when added "
-            f"(base {base_harmless:.2f}); what was found is a correlate of refusal, not its cause"
+            f"(base {falls[0].scores['base_harmless']:.2f}); what was found is a correlate of refusal, not its cause"
         )
     cheap = [d for d in causes if d.scores["kl"] <= max_kl]
     if not cheap:
@@ -190,7 +200,7 @@ def _pick(scored: list[Direction], base_harmful: float, base_harmless: float, ma
     return min(cheap, key=lambda d: d.scores["ablated"])
 
 
-def _means(
+def _figures(
     trial: Trial,
     change: Change,
     directions: list[Direction],
@@ -198,11 +208,13 @@ def _means(
     measure: Measure,
     progress: Progress = silent,
 ) -> Float64Array:
-    """`[directions]` means of a measure over `rows`, with the model changed by each direction.
+    """`[directions, rows]` figures, with the model changed by each direction.
 
     All rows of a batch carry directions of their own; the opening that rows share is run once for each direction.
     """
-    model, totals = trial.model, np.zeros(len(directions))
+    model, found = trial.model, np.zeros((len(directions), len(rows)))
+    if not rows:
+        return found
     opening, longest = rows[0][: shared_length(rows)], max(map(len, rows))
     by_length = sorted(range(len(rows)), key=lambda p: len(rows[p]))
     for start in range(0, len(directions), trial.batch_size):
@@ -215,9 +227,9 @@ def _means(
             batch = pad_left(model, [rows[p] for _ in block for p in prompts], prefix=prefix)
             with change([d for d in block for _ in prompts]):
                 figures = measure(next_token_log_probs(model, batch), prompts * len(block))
-            totals[start : start + len(block)] += figures.double().cpu().numpy().reshape(len(block), -1).sum(1)
+            found[start : start + len(block), prompts] = figures.double().cpu().numpy().reshape(len(block), -1)
             progress(len(batch.indices))
-    return totals / len(rows)
+    return found
 
 
 def _stack(directions: Sequence[Direction]) -> torch.Tensor:
