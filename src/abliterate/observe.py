@@ -7,6 +7,7 @@ know each other. Never reads the test split.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from abliterate.direction.refusal_score import refusal_tokens
@@ -15,7 +16,7 @@ from abliterate.evaluate.intervals import Interval, wilson
 from abliterate.evaluate.refusals import ask
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps
-from abliterate.prompts import PromptSet, Splits
+from abliterate.prompts import PromptSet, Splits, joined
 
 #: Below this share of refusals on harmful prompts there is nothing to find.
 LEAST_RATE = 0.05
@@ -64,7 +65,8 @@ def observe(
     """
     sets = [harmful.train, harmful.validation, harmless.train, harmless.validation]
     step = progress("reading refusals", sum(map(len, sets)))
-    answers = [ask(model, s, OPENING_TOKENS, batch_size, progress=step) for s in sets]
+    together = ask(model, joined(sets), OPENING_TOKENS, batch_size, progress=step)
+    answers = [together.part(a, b) for a, b in pairwise(accumulate(map(len, sets), initial=0))]
     declined = [t for a in answers[:2] for t in (a.first_tokens[i] for i in a.refused)]
     answered = [t for a in answers[2:] for t in (a.first_tokens[i] for i in a.answered)]
     asked = len(harmful.train) + len(harmful.validation)

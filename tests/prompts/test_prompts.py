@@ -130,7 +130,7 @@ def test_built_in_sets_keep_their_promise() -> None:
             assert set(part.categories) == set(whole.categories)
     lengths = [mean(len(p.split()) for p in s.whole.prompts) for s in (harmful, harmless)]
     assert abs(lengths[0] / lengths[1] - 1) < 0.15
-    assert [len(builtin("harmful", part)) for part in ("train", "validation", "test")] == [298, 72, 144]
+    assert [len(builtin("harmful", part)) for part in ("train", "validation", "test")] == [1258, 72, 144]
 
 
 def test_no_near_duplicate_crosses_a_built_in_split() -> None:

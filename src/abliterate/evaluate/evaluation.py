@@ -20,6 +20,8 @@ from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps
 from abliterate.prompts import PromptSet
 
+#: Prompts on which leak is measured: it hardly differs from one to the next.
+LEAK_PROMPTS = 16
 #: Answer tokens along which KL and perplexity are taken.
 CONTINUATION = 32
 
@@ -157,7 +159,7 @@ def _cost(
 
 def _leak(base: ChatModel, edited: ChatModel, questions: Questions, direction: npt.NDArray[np.float32]) -> Metric:
     """What is left of the residual stream's component along the direction, in a real forward pass."""
-    rows = base.chat.encode(questions.harmful.prompts)
+    rows = base.chat.encode(questions.harmful.head(LEAK_PROMPTS).prompts)
     unit, tail = torch.from_numpy(direction), len(base.chat.tail())
     before, after = (bootstrap(leak(m, rows, unit, tail, questions.batch_size), mean) for m in (base, edited))
     how = "RMS share |r̂ᵀh|/‖h‖ of the residual stream after every block at the template's tokens; bootstrap 95%"

@@ -34,6 +34,10 @@ class Answers:
         """Indices of the prompts that were answered, in whole or in part, by text that is not broken."""
         return [i for i, label in enumerate(self.labels) if label in ("compliance", "partial")]
 
+    def part(self, start: int, stop: int) -> Answers:
+        """The answers to prompts `start` to `stop`."""
+        return Answers(self.labels[start:stop], self.first_tokens[start:stop], self.ids[start:stop])
+
     @property
     def counts(self) -> dict[str, int]:
         """How many answers each verdict got."""

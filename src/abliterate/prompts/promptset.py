@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,8 +59,13 @@ class Splits(NamedTuple):
     @property
     def whole(self) -> PromptSet:
         """All three parts as one set."""
-        prompts = tuple(p for part in self for p in part.prompts)
-        return PromptSet(self.train.name, prompts, tuple(c for part in self for c in part.categories))
+        return joined(self)
+
+
+def joined(sets: Sequence[PromptSet]) -> PromptSet:
+    """All prompts of `sets` in order, under the name of the first."""
+    prompts = tuple(p for s in sets for p in s.prompts)
+    return PromptSet(sets[0].name, prompts, tuple(c for s in sets for c in s.categories))
 
 
 def words(prompt: str) -> str:
