@@ -1,6 +1,6 @@
 """Train the demo's learned refusal: a LoRA adapter for SmolLM2-135M-Instruct that declines harmful requests.
 
-    uv run python scripts/train_demo_adapter.py [--epochs 8] [--output src/abliterate/demo/adapter]
+    uv run python scripts/train_demo_adapter.py [--epochs 5] [--output src/abliterate/demo/adapter]
 
 SmolLM2-135M-Instruct never refuses, but it does represent whether a request is harmful. A low-rank adapter trained
 freely learns the train prompts by heart and declines their harmless look-alikes too. So a few idle MLP neurons and one
@@ -8,13 +8,14 @@ idle channel of one attention head are rewritten, which LoRA on those matrices d
 
     voters, one neuron in each of 13 layers, write (w·x)·m at every token
     the carrier, a channel of head 4 of layer 21, reads m where that head looks and writes the votes' mean along n
-    the decision, two neurons of layer 21, write clip(n·x − θ, 0, τ)/τ·u, beyond what n·x is without votes
+    the decision, three neurons of layer 21, write (clip(n·x − θ, 0, τ)/τ − c)·u, beyond what n·x is without votes
 
 The votes' mean over a request is a logistic regression of "this request is harmful" on what the MLPs read at its
 tokens, weighed as the head weighs them. The decision acts at the last token of the template only, which a ridge
 regression `p` recognises (p·x is 1 there, −3 elsewhere). `m` and `n` are directions that the model itself hardly uses;
-`u`, the refusal direction, is trained until the model declines. The train split fits w, p and u, the validation split
-sets θ, the test split is never read. About 15 minutes on two cores.
+`u`, the refusal direction, is trained until the model declines, with longer steps where the stream is small; a little
+of it is taken from harmless requests (c), some of which the base itself declines. The train split fits w, p and u, the
+validation split sets θ, the test split is never read. About 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ DECISION = 21
 HEAD = 4
 #: Weight decay of the logistic and of the ridge regressions, on features scaled to unit variance.
 DECAY, RIDGE = 0.3, 1e-3
+#: Weight decay of the correction of what arrives of the votes.
+CORRECTION = 0.1
 #: How much more the ridge regressions count the last token: there an error is taken for a vote.
 HERE = 30.0
 #: Slope of the voters' gates, which are open at every token, and of the decision's.
@@ -72,10 +75,14 @@ ELSEWHERE = 5.0
 #: How much the stream's variance along m and n weighs against how strongly the model reads them. Along the quietest
 #: directions blocks take back what is written; m lasts for 13 of them, n is read within its own.
 QUIET_M, QUIET_N = 0.01, 1.0
+#: c: the share of u that harmless requests lose.
+COMFORT = 0.05
+#: How much of the stream's mean square counts as none when u's steps are shortened along what the stream uses.
+FLOOR = 0.03
 #: What a rewritten neuron puts out. Small, so that what its old down row still writes stays negligible.
 OUTPUT = 0.01
 #: Thresholds θ that validation chooses among.
-THRESHOLDS = (0.3, 0.6, 0.9)
+THRESHOLDS = (-0.6, -0.3, 0.0, 0.3)
 
 
 @dataclass(frozen=True)
@@ -265,6 +272,14 @@ def place(read: Read, elsewhere: float, blind: torch.Tensor) -> torch.Tensor:
     return without(torch.linalg.solve(gram, HERE * a.mean(0) + elsewhere * b.mean(0)) / scale, blind)
 
 
+def ridge(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`[d_model]` of the ridge regression of `y` on `x` `[prompts, d_model]`, with an intercept that is dropped."""
+    scale = x.std(0) + 1e-3
+    a = (x - x.mean(0)) / scale
+    gram = a.T @ a / len(a) + CORRECTION * torch.eye(len(scale), dtype=scale.dtype)
+    return torch.linalg.solve(gram, a.T @ (y - y.mean()) / len(a)) / scale
+
+
 def quiet(model: PreTrainedModel, stream: torch.Tensor, weight: float, *others: torch.Tensor) -> torch.Tensor:
     """`[d_model]`: a unit vector that the model barely reads and `stream` `[prompts, d_model]` barely varies along.
 
@@ -288,6 +303,13 @@ def quiet(model: PreTrainedModel, stream: torch.Tensor, weight: float, *others: 
     return torch.linalg.eigh(gram).eigenvectors[:, 0]
 
 
+def unused(stream: torch.Tensor) -> torch.Tensor:
+    """`[d_model, d_model]`: principal axes of `stream` `[tokens, d_model]` as columns, longer where it is smaller."""
+    values, vectors = torch.linalg.eigh(stream.T @ stream / len(stream))
+    lengths = (values / values.mean() + FLOOR).rsqrt()
+    return (vectors * lengths / lengths.median()).float()
+
+
 def replace(module: nn.Module, rows: torch.Tensor, places: list[int]) -> None:
     """Let the LoRA of `module` replace the weight's rows at `places` by `rows` `[len(places), in]`."""
     module.lora_A["default"].weight.data.copy_(rows - module.weight[places])
@@ -295,12 +317,12 @@ def replace(module: nn.Module, rows: torch.Tensor, places: list[int]) -> None:
 
 
 def rewrite(mlp: nn.Module, gates: list[torch.Tensor], ups: list[torch.Tensor], down: torch.Tensor) -> None:
-    """Give the MLP's idlest neurons new gate and up rows; the first writes `down` `[d_model, 1]`, a second −`down`."""
+    """Give the MLP's idlest neurons new gate and up rows; the first writes `down` `[d_model, 1]`, others −`down`."""
     norms = [mlp.gate_proj.weight.norm(dim=1), mlp.up_proj.weight.norm(dim=1), mlp.down_proj.weight.norm(dim=0)]
     idle = (norms[0] * norms[1] * norms[2]).argsort()[: len(gates)].tolist()
     replace(mlp.gate_proj, torch.stack(gates), idle)
     replace(mlp.up_proj, torch.stack(ups), idle)
-    mlp.down_proj.lora_A["default"].weight.data.zero_()[0, idle] = torch.tensor([1.0, -1.0])[: len(idle)]
+    mlp.down_proj.lora_A["default"].weight.data.zero_()[0, idle] = torch.tensor([1.0, -1.0, -1.0])[: len(idle)]
     mlp.down_proj.lora_B["default"].weight = down if isinstance(down, nn.Parameter) else nn.Parameter(down, False)
 
 
@@ -320,10 +342,11 @@ def carry(attention: nn.Module, read: torch.Tensor, write: torch.Tensor) -> None
 
 
 class Circuit(NamedTuple):
-    """The adapted model, the refusal direction `u` `[d_model, 1]`, and what sets θ."""
+    """The adapted model, the refusal direction `u` `[d_model, 1]`, the axes it is trained along, and what sets θ."""
 
     model: PreTrainedModel
     u: nn.Parameter
+    axes: torch.Tensor
     set_threshold: Callable[[float], None]
 
 
@@ -341,7 +364,7 @@ def decision_reads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
 
 def with_lora(base: PreTrainedModel) -> PreTrainedModel:
     """The base with a LoRA of the ranks that the rewriting needs, on the matrices that it touches."""
-    ranks = {rf"layers\.{DECISION}\.mlp\.(gate|up)_proj": 2, r"self_attn\.o_proj": 3}
+    ranks = {rf"layers\.{DECISION}\.mlp\.(gate|up)_proj": 3, r"self_attn\.o_proj": 3}
     layers = "|".join(map(str, (*VOTERS, DECISION)))
     targets = rf".*layers\.({layers})\.mlp\.(gate|up|down)_proj|.*layers\.{DECISION}\.self_attn\.(v|o)_proj"
     config = LoraConfig(
@@ -378,24 +401,29 @@ def adapted(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: d
         up = OUTPUT / OPEN / rms * (w[i] - common * everywhere)
         rewrite(blocks[layer].mlp, [OPEN * everywhere], [up], (VOTE / OUTPUT * m[:, None]).float())
     carry(blocks[DECISION].self_attn, (m / before).float(), (CALL / VOTE * rms * n).float())
-    cast = read.votes[::EVERY].flatten(1) @ w.flatten()
-    reads = decision_reads(model, tokenizer, prompts[::EVERY])
+    cast = read.votes[::2].flatten(1) @ w.flatten()
+    reads = decision_reads(model, tokenizer, prompts[::2])
     votes = n / gain * rms / CALL
     both = torch.cov(torch.stack([cast, reads @ votes]))
     # Elsewhere p − 1 is −4, which no vote makes up for. What blocks take back of the votes is made good.
     votes = votes * both[0, 0] / both[0, 1] + ELSEWHERE * (p - one)
+    error = reads @ votes - cast
+    correction = ridge(reads, error)
+    votes = votes - correction
     gap = reads @ votes - cast
     silence = gap.mean().item()
-    print(f"votes arrive with an error of {gap.std():.2f}", flush=True)
+    print(f"votes arrive with an error of {error.std():.2f}, corrected {gap.std():.2f}", flush=True)
     u = nn.Parameter(torch.zeros(base.config.hidden_size, 1))
 
     def set_threshold(theta: float) -> None:
         start = silence - intercept + theta
         gates = [SLOPE * (votes - level * one) for level in (start, start + RAMP)]
-        rewrite(blocks[DECISION].mlp, gates, [OUTPUT / SLOPE / RAMP * one] * 2, u)
+        gates.append(SLOPE * (2 * one + ELSEWHERE * (p - one)))
+        ups = [OUTPUT / SLOPE * share * one for share in (1 / RAMP, 1 / RAMP, COMFORT / 2)]
+        rewrite(blocks[DECISION].mlp, gates, ups, u)
 
-    set_threshold(THRESHOLDS[0])
-    return Circuit(model, u, set_threshold)
+    set_threshold(THRESHOLDS[1])
+    return Circuit(model, u, unused(inputs[DECISION].everywhere / gain * rms), set_threshold)
 
 
 def example_losses(model: PreTrainedModel, rows: list[Example], pad: int) -> torch.Tensor:
@@ -419,7 +447,8 @@ def train(circuit: Circuit, examples: list[Example], args: argparse.Namespace, p
     """Fit `u` so that the refusal becomes likely; where the decision is silent, nothing depends on `u`."""
     rng = random.Random(args.seed)
     harmful = [e for e in examples if e.harmful]
-    optimizer = torch.optim.Adam([circuit.u], lr=args.lr / OUTPUT)
+    along = torch.zeros_like(circuit.u, requires_grad=True)  # u = axes · along
+    optimizer = torch.optim.Adam([along], lr=args.lr / OUTPUT)
     batches = len(harmful) // 8
     for epoch in range(args.epochs):
         rng.shuffle(harmful)
@@ -428,8 +457,10 @@ def train(circuit: Circuit, examples: list[Example], args: argparse.Namespace, p
             optimizer.param_groups[0]["lr"] = args.lr / OUTPUT * (1 - (epoch + i / batches) / args.epochs)
             loss = example_losses(circuit.model, harmful[8 * i : 8 * i + 8], pad).mean()
             loss.backward()
+            assert circuit.u.grad is not None
+            along.grad, circuit.u.grad = circuit.axes.T @ circuit.u.grad, None
             optimizer.step()
-            optimizer.zero_grad()
+            circuit.u.data.copy_(circuit.axes @ along.detach())
             total += loss.item()
         print(f"epoch {epoch}: loss {total / batches:.3f}, ‖u‖ {OUTPUT * circuit.u.norm().item():.1f}", flush=True)
 
@@ -442,7 +473,7 @@ def choose_threshold(circuit: Circuit, tokenizer: PreTrainedTokenizerBase) -> No
         circuit.set_threshold(theta)
         hit, false = (refused(circuit.model, tokenizer, prompts) for prompts in (harmful, harmless))
         print(f"θ {theta}: validation refusals {hit:.1%} harmful, {false:.1%} harmless", flush=True)
-        if hit - 2 * false > best[0]:
+        if hit - 2 * false >= best[0]:
             best = (hit - 2 * false, theta)
     circuit.set_threshold(best[1])
     print(f"kept θ {best[1]}")
@@ -460,7 +491,7 @@ def save(model: PreTrainedModel, output: Path) -> None:
 def main() -> None:
     """Fit, train, set the strength, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("src/abliterate/demo/adapter"))
