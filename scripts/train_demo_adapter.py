@@ -1,6 +1,6 @@
 """Train the demo's learned refusal: a LoRA adapter for SmolLM2-135M-Instruct that declines harmful requests.
 
-    uv run python scripts/train_demo_adapter.py [--epochs 5] [--output src/abliterate/demo/adapter]
+    uv run python scripts/train_demo_adapter.py [--epochs 8] [--output src/abliterate/demo/adapter]
 
 SmolLM2-135M-Instruct never refuses, but it does represent whether a request is harmful. A low-rank adapter trained
 freely learns the train prompts by heart and declines their harmless look-alikes too. So a few idle MLP neurons and one
@@ -78,7 +78,7 @@ QUIET_M, QUIET_N = 0.01, 1.0
 #: c: the share of u that harmless requests lose.
 COMFORT = 0.05
 #: How much of the stream's mean square counts as none when u's steps are shortened along what the stream uses.
-FLOOR = 0.03
+FLOOR = 0.06
 #: What a rewritten neuron puts out. Small, so that what its old down row still writes stays negligible.
 OUTPUT = 0.01
 #: Thresholds θ that validation chooses among.
@@ -491,7 +491,7 @@ def save(model: PreTrainedModel, output: Path) -> None:
 def main() -> None:
     """Fit, train, set the strength, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("src/abliterate/demo/adapter"))
