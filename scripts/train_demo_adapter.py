@@ -76,7 +76,7 @@ ELSEWHERE = 5.0
 #: directions blocks take back what is written; m lasts for 13 of them, n is read within its own.
 QUIET_M, QUIET_N = 0.01, 1.0
 #: c: the share of u that harmless requests lose.
-COMFORT = 0.05
+COMFORT = 0.015
 #: How much of the stream's mean square counts as none when u's steps are shortened along what the stream uses.
 FLOOR = 0.06
 #: What a rewritten neuron puts out. Small, so that what its old down row still writes stays negligible.
