@@ -208,7 +208,7 @@ def test_the_choice_by_causal_test_takes_a_direction_that_stops_refusals(refusin
 def test_too_costly_directions_are_refused_with_the_way_out(refusing: Refusing, tmp_path: Path) -> None:
     options = {k: v for k, v in refusing.options.items() if k not in ("layer", "position")}
     with pytest.raises(VerifyError, match=r"--max-kl"):
-        abliterate.run(str(refusing.folder), tmp_path / "out", max_kl=0.0001, **options)
+        abliterate.run(str(refusing.folder), tmp_path / "out", max_kl=1e-9, **options)
     assert not (tmp_path / "out").exists()
 
 

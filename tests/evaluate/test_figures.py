@@ -146,7 +146,8 @@ def test_the_card_carries_provenance_and_the_table(finished: tuple[RunRecord, Pa
 
 
 def test_the_card_links_a_hub_id_and_no_folder(finished: tuple[RunRecord, Path], tmp_path: Path) -> None:
-    write_card(dataclasses.replace(finished[0], model="org/chat-1B@main"), "edited", tmp_path / "card.md")
+    record = dataclasses.replace(finished[0], model="org/chat-1B@main", hub_id="org/chat-1B")
+    write_card(record, "edited", tmp_path / "card.md")
     card = (tmp_path / "card.md").read_text()
     assert card.startswith("---\nbase_model: org/chat-1B\n")
     assert "[org/chat-1B@main](https://huggingface.co/org/chat-1B) with its" in card
