@@ -33,21 +33,26 @@ def run_here(*args: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("verb", [[], ["run"], ["collect"], ["select"], ["edit"], ["eval"]])
-def test_help_loads_neither_torch_nor_transformers(verb: list[str]) -> None:
+def help_in_a_clean_process(before: str, *verb: str) -> subprocess.CompletedProcess[str]:
+    """`--help` behind a line of Python, in a process that fails when something heavy is loaded."""
     code = (
-        "import sys\nfrom abliterate.cli.main import main\n"
+        f"{before}\nimport sys\nfrom abliterate.cli.main import main\n"
         f"try: main({[*verb, '--help']!r})\nexcept SystemExit as e: assert not e.code\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("verb", [[], ["run"], ["collect"], ["select"], ["edit"], ["eval"]])
+def test_help_loads_neither_torch_nor_transformers(verb: list[str]) -> None:
+    done = help_in_a_clean_process("", *verb)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
-    control = subprocess.run(
-        [sys.executable, "-c", f"import abliterate.pipeline\n{code}"], capture_output=True, check=False
-    )
-    assert control.returncode != 0
+
+
+def test_help_behind_heavy_imports_is_noticed() -> None:
+    assert "AssertionError: {" in help_in_a_clean_process("import abliterate.pipeline").stderr
 
 
 def test_help_shows_examples_and_every_line_fits_80_columns() -> None:
