@@ -11,7 +11,7 @@ from typing import Literal
 from abliterate.errors import UsageError
 
 #: Most prompts used of each set, unless `limit` says otherwise.
-LIMITS = {"train": 96, "validation": 48, "test": 64}
+LIMITS = {"train": 64, "validation": 48, "test": 64}
 
 
 @dataclass(frozen=True)
