@@ -246,8 +246,13 @@ def without(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 
 
 def seen_through(norm: nn.Module, *directions: torch.Tensor) -> torch.Tensor:
-    """`[d_model, n]`: what `directions` of the stream become behind the gain of `norm`."""
-    return torch.stack(directions, 1) * norm.weight.detach().double()[:, None]
+    """`[n, d_model]`: what `directions` of the stream become behind the gain of `norm`."""
+    return torch.stack(directions) * norm.weight.detach().double()
+
+
+def orthonormal(rows: torch.Tensor) -> torch.Tensor:
+    """`[n, d_model]`: orthonormal rows that span `rows`."""
+    return torch.linalg.qr(rows.T).Q.T
 
 
 def detector(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -290,6 +295,15 @@ def ridge(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(gram, a.T @ (y - y.mean()) / len(a)) / scale
 
 
+def reading(block: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """The block's two norms, each with the matrices that read behind it."""
+    attention, mlp = block.self_attn, block.mlp
+    return [
+        (block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
+        (block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+    ]
+
+
 def quiet(model: PreTrainedModel, stream: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """`[d_model]`: a unit vector that the model barely reads and `stream` `[prompts, d_model]` barely varies along.
 
@@ -298,11 +312,7 @@ def quiet(model: PreTrainedModel, stream: torch.Tensor, *others: torch.Tensor) -
     """
     gram = torch.zeros(model.config.hidden_size, model.config.hidden_size, dtype=torch.double)
     for block in model.model.layers[LISTENERS.start :]:
-        attention, mlp = block.self_attn, block.mlp
-        for norm, readers in (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
+        for norm, readers in reading(block):
             for reader in readers:
                 w = (reader.weight * norm.weight).detach().double()
                 gram += w.T @ w
@@ -399,9 +409,9 @@ def adapted(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: Rea
     q = quiet(base, stream, n)
     # Listeners are deaf to what they write, and to what is common to all requests: it would swell the stream's norm.
     deaf = [
-        torch.linalg.qr(
-            torch.cat([seen_through(base.model.layers[layer].input_layernorm, n, q), heard[:, i].mean(0)[:, None]], 1)
-        ).Q.T
+        orthonormal(
+            torch.cat([seen_through(base.model.layers[layer].input_layernorm, n, q), heard[:, i].mean(0)[None]])
+        )
         for i, layer in enumerate(LISTENERS)
     ]
     heard = torch.stack([without(heard[:, i], directions) for i, directions in enumerate(deaf)], 1)
@@ -412,7 +422,7 @@ def adapted(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: Rea
     blocks = model.base_model.model.model.layers
     for i, layer in enumerate(LISTENERS):
         listener(blocks[layer].self_attn, heads[i], w[i].float(), (VOTE * n).float())
-    blind = torch.linalg.qr(seen_through(norm, n, q)).Q.T
+    blind = orthonormal(seen_through(norm, n, q))
     one, p = (place(read, elsewhere, blind) for elsewhere in (1.0, -3.0))
     # The norm divides the stream by its root mean square, which hardly varies at one token of one template.
     votes = n / gain * rms / VOTE
@@ -432,15 +442,6 @@ def adapted(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: Rea
             for reader in readers:
                 reader.lora_A["default"].weight.data[0] = (q / before.weight.detach().double() * rms / FLAG).float()
     return model
-
-
-def reading(block: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """The block's two norms, each with the matrices that read behind it."""
-    attention, mlp = block.self_attn, block.mlp
-    return [
-        (block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
-        (block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
-    ]
 
 
 def example_losses(model: PreTrainedModel, rows: list[Example], pad: int) -> torch.Tensor:
