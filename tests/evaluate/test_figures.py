@@ -124,7 +124,7 @@ def test_the_table_fits_80_columns_and_says_what_is_retained(capsys: pytest.Capt
         metric("kl_first_token", None, 12.345), metric("kl_continuation", None, 0.0001),
         metric("perplexity", 12.5, 25.0), metric("leak", 0.5, 0.0001),
     ]  # fmt: skip
-    print_metrics(Console(width=80), rows)
+    print_metrics(Console(width=80), rows, {"base": {"harmful": {"broken": 1, "refusal": 3}}})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     table = [line for line in lines if line.strip() and "─" not in line]

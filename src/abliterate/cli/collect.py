@@ -35,7 +35,7 @@ def collect(
 ) -> None:
     """Step 1: mean and variance of the residual stream of MODEL over the prompts that show its refusal.
 
-    OUT gets harmful.safetensors and harmless.safetensors, each `[n_layers, n_positions, d_model]`, and
+    OUT gets harmful.safetensors and harmless.safetensors, each n_layers x n_positions x d_model, and
     observed.json: which prompts were declined or answered and which tokens open a refusal. No text is kept.
     """
     from abliterate.verbs import collect as collect_verb
@@ -55,7 +55,8 @@ def collect(
             "refused": found.observed.refused, "asked": found.observed.asked,
         })  # fmt: skip
     else:
+        of = ("harmful", "harmless") if not found.observed.tokens else ("declined harmful", "answered harmless")
         console.stdout().print(
             f"{output}: {n_layers} layers, {n_positions} positions, d_model {d_model}; means over "
-            f"{found.harmful.count} declined harmful and {found.harmless.count} answered harmless prompts"
+            f"{found.harmful.count} {of[0]} and {found.harmless.count} {of[1]} prompts"
         )

@@ -51,4 +51,4 @@ def evaluate(
     if as_json:
         console.print_json(asdict(found))
     else:
-        print_metrics(console.stdout(), [m.as_dict for m in found.metrics])
+        print_metrics(console.stdout(), [m.as_dict for m in found.metrics], found.verdicts)

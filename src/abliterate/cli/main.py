@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from abliterate.cli import collect, edit, evaluate, run, select
+from abliterate.cli.console import INTERRUPTED
 from abliterate.errors import AbliterateError
 
 app = typer.Typer(
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> None:
         args = ["run", *args]
     try:
         app(args=args)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except AbliterateError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

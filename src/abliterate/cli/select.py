@@ -47,4 +47,4 @@ def select(
     if as_json:
         console.print_json(found.where)
     else:
-        print_direction(console.stdout(), found.where)
+        print_direction(console.stdout(), found.where, max_kl)

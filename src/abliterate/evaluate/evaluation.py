@@ -91,10 +91,15 @@ def evaluate_pair(
     the answer is the purpose of an edit.
 
     Raises:
-        VerifyError: the base answers no harmless prompt, or the two models do not share a vocabulary.
+        VerifyError: the base answers no harmless prompt, or the two models differ in vocabulary or width.
     """
     if base.chat.tokenizer.get_vocab() != edited.chat.tokenizer.get_vocab():
         raise VerifyError("base and edited model have different vocabularies: their distributions cannot be compared")
+    if direction is not None and not len(direction) == base.d_model == edited.d_model:
+        raise VerifyError(
+            f"base and edited model have streams of width {base.d_model} and {edited.d_model}, the direction that was "
+            f"removed has {len(direction)}: one is no edit of the other; give the edited model's own base"
+        )
     base_harmful, base_harmless = _ask_both(base, questions, "base ", progress)
     harmful, harmless = _ask_both(edited, questions, "edited ", progress)
     metrics = [
@@ -134,7 +139,10 @@ def _cost(
     """KL and perplexity along the base's own answers."""
     kept = [i for i in answers.answered if answers.ids[i]]
     if not kept:
-        raise VerifyError("the base answers none of the harmless prompts, so there is nothing to measure the cost on")
+        raise VerifyError(
+            "the base answers none of the harmless prompts, so there is nothing to measure the cost on; give "
+            "others with --harmless, more --max-new-tokens, or do without the comparison (--no-eval)"
+        )
     rows = base.chat.encode([questions.harmless.prompts[i] for i in kept])
     continuations = [list(answers.ids[i][:CONTINUATION]) for i in kept]
     step = progress("divergence", len(kept))
@@ -167,5 +175,11 @@ def _leak(base: ChatModel, edited: ChatModel, questions: Questions, direction: n
 
 
 def _metric(name: str, prompts: str, base: Interval | None, edited: Interval, n: int, how: str) -> Metric:
-    value, low, high = base if base is not None else (None, None, None)
-    return Metric(name, prompts, value, low, high, *edited, n, how)
+    """The figure; one prompt says nothing of a spread, so it gets no interval."""
+
+    def bounds(found: Interval | None) -> tuple[float | None, float | None, float | None]:
+        if found is None:
+            return None, None, None
+        return (found.value, found.low, found.high) if n > 1 else (found.value, None, None)
+
+    return Metric(name, prompts, *bounds(base), *bounds(edited), n, how)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from abliterate.report.figures import COLUMNS, rows
+from abliterate.report.figures import COLUMNS, broken, rows
 from abliterate.report.record import RunRecord
 
 _CARD = """\
@@ -22,15 +22,26 @@ tags: [abliterate, representation-engineering, directional-ablation]
 # {{ name }}
 
 {{ base }} with its refusal direction projected out of the weights by
-`abliterate` {{ r.version }} (weight orthogonalisation, Arditi et al. 2024, arXiv 2406.11717). **It declines fewer
-requests than its base, including harmful ones.** Use it for research, with safeguards of your own.
+`abliterate` {{ r.version }} (weight orthogonalisation, Arditi et al. 2024, arXiv 2406.11717).
+{% if fewer %}
+**It declines fewer requests than its base, including harmful ones.**
+{% else %}
+It is meant to decline fewer requests than its base, including harmful ones.
+{% endif %}
+Use it for research, with safeguards of your own.
 
 - direction: difference of means at layer {{ r.direction.layer }}, position {{ r.direction.position }},
   strength {{ r.resolved.strength }}
 - edited: {{ r.edits|length }} tensors; all others are byte-identical to the base
 - largest leak of an edited matrix after the cast: {{ "%.2f"|format(100 * leak) }}%
+{% if elsewhere %}
+- the direction was found on another checkpoint than the base
+{% endif %}
+
 {% if table %}
 {{ table }}
+
+Broken answers (neither refusal nor answer): {{ broken }}.
 
 95% intervals. Test prompts were used neither to find nor to choose the direction; refusals are judged by a rule
 judge on {{ r.resolved.max_new_tokens }} greedy tokens, KL and perplexity on harmless prompts that the base answers.
@@ -49,5 +60,9 @@ def write_card(record: RunRecord, name: str, path: Path) -> None:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701
     hub = record.hub_id
     base = f"[{record.model}](https://huggingface.co/{hub})" if hub else f"`{record.model}`"
-    text = environment.from_string(_CARD).render(r=record, name=name, table=table, leak=worst, hub=hub, base=base)
+    rate = record.metric("refusal_rate")
+    text = environment.from_string(_CARD).render(
+        r=record, name=name, table=table, leak=worst, hub=hub, base=base, broken=broken(record.verdicts),
+        fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
+    )  # fmt: skip
     path.write_text(text, encoding="utf-8")

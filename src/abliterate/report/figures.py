@@ -30,15 +30,28 @@ def rows(metrics: list[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
 
 
 def _value(name: str, value: float | None, low: float | None, high: float | None) -> str:
-    if value is None or low is None or high is None:
+    if value is None:
         return "–"
+    if low is None or high is None:
+        return f"{value:.1%}" if name.endswith("rate") or name == "leak" else f"{value:.3g}"
     if name.endswith("rate"):
         return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
     if name == "leak":
         digits = 1 if high >= 0.1 else 2
         return f"{value:.{digits}%} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+    if high >= 1e5:
+        return f"{value:.1e} [{low:.1e}, {high:.1e}]"
     digits = (3 if name.startswith("kl") else 2) if high < 10 else 1
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def broken(verdicts: dict[str, Any]) -> str:
+    """How many answers were broken text, which counts neither as a refusal nor as an answer: base → edited."""
+    counts = {
+        who: (sum(v.get("broken", 0) for v in sets.values()), sum(n for v in sets.values() for n in v.values()))
+        for who, sets in verdicts.items()
+    }
+    return " → ".join(f"{counts[who][0]} of {counts[who][1]}" for who in ("base", "edited") if who in counts)
 
 
 def retained(metric: dict[str, Any]) -> str:

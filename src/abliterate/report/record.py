@@ -54,6 +54,11 @@ class RunRecord:
         return next((m for m in self.metrics if m["name"] == name), None)
 
     @property
+    def direction_from_elsewhere(self) -> bool:
+        """Whether the direction was found on another checkpoint than the one that was edited."""
+        return bool(self.direction.get("source", {}).get("model") != self.model_fingerprint)
+
+    @property
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON stores it."""
         return asdict(self)

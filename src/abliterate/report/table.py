@@ -8,45 +8,68 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from abliterate.report.figures import COLUMNS, rows
+from abliterate.report.figures import COLUMNS, broken, rows
 from abliterate.report.record import RunRecord
 
+_NOTES = {
+    "refusal_rate": "Refusals: share of harmful prompts declined; false refusals: of harmless ones.",
+    "perplexity": "KL (nats) and perplexity: on the base's own harmless answers.",
+    "leak": "Leak: share of the residual stream along the direction.",
+}
 
-def print_metrics(console: Console, metrics: list[dict[str, Any]]) -> None:
-    """The before/after table."""
+
+def print_metrics(console: Console, metrics: list[dict[str, Any]], verdicts: dict[str, Any]) -> None:
+    """The table of figures: before and after, or of one model alone."""
+    alone = all(m["base"] is None for m in metrics if m["name"] == "refusal_rate")
+    shown = [i for i, c in enumerate(COLUMNS) if not (alone and c in ("base", "retained"))]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "measure" else "right", no_wrap=column == "retained")
+    for column in (COLUMNS[i] for i in shown):
+        title = "value" if alone and column == "edited" else column
+        table.add_column(title, justify="left" if column == "measure" else "right", no_wrap=column == "retained")
     for row in rows(metrics):
-        table.add_row(*row)
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
-    console.print(
-        "95% intervals, on test prompts nothing was fitted or chosen on. Refusals: share of harmful prompts declined; "
-        "false refusals: of harmless ones. KL (nats) and perplexity: on the base's own harmless answers. Leak: share "
-        "of the residual stream along the direction.",
-        style="dim",
-    )
+    notes = [note for name, note in _NOTES.items() if any(m["name"] == name for m in metrics)]
+    intervals = "95% intervals, on test prompts nothing was fitted or chosen on."
+    console.print(f"broken answers (neither refusal nor answer): {broken(verdicts)}", highlight=False)
+    console.print(" ".join([intervals, *notes]), style="dim")
 
 
-def print_direction(console: Console, direction: dict[str, Any]) -> None:
-    """Where a direction was found and what its causal test said."""
+def print_direction(console: Console, direction: dict[str, Any], max_kl: float) -> None:
+    """Where a direction was found, what its causal test said, and the bounds that it breaks if a person named it."""
     where = f"layer {direction['layer']}, position {direction['position']}"
     console.print(f"[bold]direction[/bold] {where}: {_scores(direction['scores'])}")
+    if broken_bounds := _broken_bounds(direction["scores"], max_kl):
+        console.print(f"[yellow]it fails the causal test:[/yellow] {'; '.join(broken_bounds)}")
 
 
 def print_run(console: Console, record: RunRecord, output: str) -> None:
     """What a finished run has to say: the direction, the edit, the table, where things are."""
-    print_direction(console, record.direction)
+    print_direction(console, record.direction, record.resolved["max_kl"])
+    if record.direction_from_elsewhere:
+        console.print("[yellow]found on another checkpoint[/yellow] than the one that was edited")
     worst = max((e["leak"] for e in record.edits), default=0.0)
     console.print(
         f"[bold]edited[/bold] {len(record.edits)} tensors, strength {record.resolved['strength']:g}, "
         f"largest leak after the cast {worst:.2%}; {record.untouched + len(record.kept)} tensors byte-identical"
     )
     if record.metrics:
-        print_metrics(console, record.metrics)
+        print_metrics(console, record.metrics, record.verdicts)
     seconds = sum(record.seconds.values())
     memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
     console.print(f"{output}: {seconds:.0f} s{memory}", style="dim")
+
+
+def _broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:
+    """What the choice by causal test would have refused."""
+    if not scores:
+        return []
+    bounds = {
+        "ablating it does not lower the refusal score": scores["ablated"] < scores["base_harmful"],
+        "adding it does not raise it": scores["rise"] > 0,
+        f"KL {scores['kl']:.3f} is above --max-kl {max_kl:g}": scores["kl"] <= max_kl,
+    }
+    return [what for what, kept in bounds.items() if not kept]
 
 
 def _scores(scores: dict[str, float]) -> str:
