@@ -6,7 +6,7 @@ know each other. Never reads the test split.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -40,6 +40,26 @@ class Observation:
     def rate(self) -> Interval:
         """The base's refusal rate on the train and validation prompts."""
         return wilson(self.refused, self.asked)
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Observation:
+        """Read what `as_dict` gave.
+
+        Raises:
+            ValueError: something else.
+        """
+        names = {f.name for f in fields(cls)}
+        if not isinstance(value, dict) or value.keys() != names:
+            raise ValueError(f"expected {', '.join(sorted(names))}")
+        lists, numbers = (
+            [value[n] for n in names - {"refused", "asked"}],
+            [value["refused"], value["asked"]],
+        )
+        if not all(isinstance(v, list) and all(isinstance(i, int) for i in v) for v in lists):
+            raise ValueError("expected lists of indices")
+        if not all(isinstance(v, int) for v in numbers):
+            raise ValueError("expected counts")
+        return cls(**value)
 
     @property
     def as_dict(self) -> dict[str, Any]:

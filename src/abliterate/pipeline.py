@@ -46,10 +46,12 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     plan = plan_edit(checkpoint, chosen.embeddings)
+    step.check_site(checkpoint, chosen)
     require_room(out, checkpoint)
     step.check_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
-    del settings["force"]  # going on after "there is no refusal" is a resume like any other
+    # Going on after "there is no refusal", or without the comparison, is a resume like any other.
+    del settings["force"], settings["evaluate"]
     work = Workspace(out, source, settings, resume)
     this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, steps)
     try:
@@ -92,6 +94,8 @@ class _Run:
             result = compute()
             self.work.write(name, {"result": result, "seconds": round(time.monotonic() - start, 2)})
         stored = self.work.read(name)
+        if not isinstance(stored, dict) or stored.keys() != {"result", "seconds"}:
+            raise self.work.damaged(f"{name}.json")
         self.seconds[name] = stored["seconds"]
         return stored["result"]
 
@@ -102,7 +106,11 @@ class _Run:
         def compute() -> dict[str, Any]:
             return step.observe(self.base, self.checkpoint, self.harmful, self.harmless, o, self.steps).as_dict
 
-        return Observation(**self.step("observe", compute))
+        found = self.step("observe", compute)
+        try:
+            return Observation.from_dict(found)
+        except ValueError as error:
+            raise self.work.damaged(f"observe.json: {error}") from None
 
     def collect(self, observed: Observation) -> tuple[ActivationStats, ActivationStats]:
         """Step 1."""
@@ -136,10 +144,15 @@ class _Run:
 
     def edit(self, direction: Direction) -> list[dict[str, Any]]:
         """Steps 3 and 4."""
-        strength, out = self.options.strength, self.work.folder
+        strength, out, resumed = self.options.strength, self.work.folder, self.work.done("edit")
         edits: list[dict[str, Any]] = self.step(
             "edit", lambda: step.edit(self.checkpoint, self.plan, direction, out, strength, self.steps)
         )
+        if resumed:
+            try:
+                step.check_edited(out, edits)
+            except AbliterateError as error:
+                raise self.work.damaged(str(error)) from None
         return edits
 
     def evaluate(self, direction: Direction) -> dict[str, Any]:

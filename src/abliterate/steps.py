@@ -17,14 +17,16 @@ import numpy.typing as npt
 from abliterate import observe as observing
 from abliterate.activations.collect import collect
 from abliterate.activations.stats import ActivationStats
-from abliterate.checkpoint import Checkpoint, resolve_model
+from abliterate.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from abliterate.checkpoint.scan import require_finite
+from abliterate.checkpoint.stream import tensor_sha256
 from abliterate.direction import choose as choosing
 from abliterate.direction.direction import Direction, candidates, most_separated
 from abliterate.edit.apply import apply_edit
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import UsageError, VerifyError
 from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_pair
+from abliterate.model.chat import ChatFormat, load_tokenizer
 from abliterate.model.load import ChatModel, load_model, pick_device, pick_dtype, require_memory
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
@@ -90,6 +92,36 @@ def check_memory(models: list[Checkpoint], options: Options) -> None:
     require_memory(int(1.1 * elements * size + 5e8), device)
 
 
+def check_site(checkpoint: Checkpoint, options: Options) -> None:
+    """Check that the layer and position asked for exist, and that the template can be used, before anything runs.
+
+    Raises:
+        UsageError: there is no such layer or position.
+        UnsupportedError: there is no chat template, or one that cannot be used.
+    """
+    n_layers = int(checkpoint.config["num_hidden_layers"])
+    if options.layer is not None and options.layer >= n_layers:
+        raise UsageError(f"--layer {options.layer}: layers are 0 to {n_layers - 1}")
+    template = Path(options.chat_template) if options.chat_template else None
+    tail = len(ChatFormat(load_tokenizer(checkpoint.path, template), options.system_prompt).tail())
+    if options.position is not None and -options.position > tail:
+        raise UsageError(f"--position {options.position}: positions after the request are {-tail} to -1")
+
+
+def check_edited(folder: Path, edits: list[dict[str, Any]]) -> None:
+    """Check that every edited tensor in `folder` still has the bytes that its record names.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole.
+        VerifyError: a tensor has other bytes.
+    """
+    tensors = open_checkpoint(folder).tensors
+    for edit_record in edits:
+        name = edit_record["tensor"]
+        if name not in tensors or tensor_sha256(folder, tensors[name]) != edit_record["sha256"]:
+            raise VerifyError(f"tensor '{name}' is not as it was written")
+
+
 def observe(
     model: ChatModel,
     checkpoint: Checkpoint,
@@ -104,9 +136,18 @@ def observe(
         NoRefusalError: it declines almost nothing.
         VerifyError: its weights are damaged; names the tensor.
     """
-    with _naming_bad_weights(checkpoint):
-        collect(model, harmful.train.head(1))  # damaged weights show before anything is asked
+    check_runs(model, checkpoint, harmful)
     return observing.observe(model, harmful, harmless, options.batch_size, options.force, steps)
+
+
+def check_runs(model: ChatModel, checkpoint: Checkpoint, prompts: Splits) -> None:
+    """Run one prompt, so that damaged weights show before anything is asked.
+
+    Raises:
+        VerifyError: there is NaN or infinity; names the tensor.
+    """
+    with _naming_bad_weights(checkpoint):
+        collect(model, prompts.train.head(1))
 
 
 def collect_both(
@@ -160,9 +201,10 @@ def select(
     found = candidates(*stats, last_layer=deepest)
     found = [d for d in found if options.layer in (None, d.layer) and options.position in (None, d.position)]
     if not found:
+        asked = [f"--{n} {v}" for n, v in (("layer", options.layer), ("position", options.position)) if v is not None]
         raise UsageError(
-            f"no candidate at --layer {options.layer} --position {options.position}: layers are 0 to "
-            f"{model.n_layers - 1}, positions {stats[0].positions[0]} to -1"
+            f"{' '.join(asked) or model.model.config.model_type}: nothing there tells harmful from harmless requests; "
+            f"layers are 0 to {model.n_layers - 1}, positions {stats[0].positions[0]} to -1"
         )
     if not observed.tokens:
         return most_separated(found, *stats), []

@@ -24,7 +24,7 @@ from abliterate.observe import Observation
 from abliterate.options import Options
 from abliterate.pipeline import finish, require_room
 from abliterate.report.record import RunRecord
-from abliterate.workspace import Workspace, check_output
+from abliterate.workspace import Workspace, check_output, writable
 
 SCHEMA = 1
 #: The options that decide which prompts are used and how they are rendered: `select` takes them from `collect`.
@@ -56,7 +56,8 @@ class Collected:
         """
         try:
             value = json.loads((folder / "observed.json").read_text(encoding="utf-8"))
-            observed, options = Observation(**value["observed"]), value["options"]
+            observed, options = Observation.from_dict(value["observed"]), value["options"]
+            Options(**options).check()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: not a folder that 'abliterate collect' wrote ({error})") from None
         return cls(
@@ -84,7 +85,7 @@ def collect(model: str, output: str | Path, *, steps: Steps = no_steps, **option
     observed = step.observe(loaded, checkpoint, harmful, harmless, chosen, steps)
     stats = step.collect_both(loaded, checkpoint, observed, harmful, harmless, chosen, steps)
     found = Collected(*stats, observed, {name: getattr(chosen, name) for name in _PROMPT_OPTIONS})
-    work = Workspace(out, source, {}, resume=True)
+    work = Workspace.scratch(out, source)
     found.save(work.folder)
     work.publish()
     return found
@@ -108,11 +109,12 @@ def select(
     if checkpoint.fingerprint != collected.harmful.model:
         raise UsageError(f"{activations}: collected from another model than {model}; collect again")
     plan = plan_edit(checkpoint, chosen.embeddings)
+    step.check_site(checkpoint, chosen)
+    writable(out)
     step.check_memory([checkpoint], chosen)
     loaded = step.load(source, chosen)
     stats = (collected.harmful, collected.harmless)
     direction, _ = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
-    out.parent.mkdir(parents=True, exist_ok=True)
     direction.save(out)
     return direction
 
@@ -133,7 +135,7 @@ def edit(
     checkpoint = open_checkpoint(source)
     plan = plan_edit(checkpoint, chosen.embeddings)
     require_room(out, checkpoint)
-    work = Workspace(out, source, {}, resume=True)
+    work = Workspace.scratch(out, source)
     start = time.monotonic()
     with work.discarded_on_error():
         edits = step.edit(checkpoint, plan, found, work.folder, chosen.strength, steps)
@@ -164,8 +166,12 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     chosen.check()
     harmful, harmless = step.prompt_splits(chosen)
     folders = [step.find_model(m) for m in (model, base) if m is not None]
-    step.check_memory([open_checkpoint(folder) for folder in folders], chosen)
+    checkpoints = [open_checkpoint(folder) for folder in folders]
+    step.check_memory(checkpoints, chosen)
     removed = folders[0] / RECORDS / "directions.safetensors"
     direction = Direction.load(removed).vector if removed.is_file() else None
-    edited, *rest = (step.load(folder, chosen) for folder in folders)
+    models = [step.load(folder, chosen) for folder in folders]
+    for loaded, checkpoint in zip(models, checkpoints, strict=True):
+        step.check_runs(loaded, checkpoint, harmful)
+    edited, *rest = models
     return step.compare(rest[0] if rest else None, edited, harmful, harmless, chosen, direction, steps)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.checkpoint.stream import sync
-from abliterate.errors import ResourceError, UsageError
+from abliterate.errors import CheckpointError, ResourceError, UsageError
 
 
 class Workspace:
@@ -25,17 +26,21 @@ class Workspace:
 
         Raises:
             UsageError: OUT exists, or is or lies in the source; an unfinished run is there and `resume` is not
-                given, or is of other settings.
+                given, or is of other settings; or what is there is not a run of ours.
         """
         check_output(output, source)
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
         self.steps = self.folder / RECORDS / "steps"
         known = self.steps / "settings.json"
+        if not known.is_file() and any(path.is_file() for path in self.folder.rglob("*")):
+            raise UsageError(
+                f"{self.folder}: is in the way, and not an unfinished run; move it, or choose another output"
+            )
         if self.folder.exists() and not resume:
             raise UsageError(f"{self.folder}: an unfinished run; --resume goes on with it, or delete it to start again")
         if resume and known.is_file():
-            self._compare(json.loads(known.read_text(encoding="utf-8")), settings)
+            self._compare(self.read("settings"), settings)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             try:
@@ -44,7 +49,8 @@ class Workspace:
                 raise ResourceError(f"{self.folder}: cannot create it ({error.strerror})") from None
             self.write("settings", settings)
 
-    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def _compare(self, before: Any, now: dict[str, Any]) -> None:
+        before = before if isinstance(before, dict) else {}
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != _plain(now.get(k)))
         if changed:
             raise UsageError(
@@ -57,8 +63,19 @@ class Workspace:
         return (self.steps / f"{step}.json").is_file()
 
     def read(self, step: str) -> Any:
-        """A finished step's result."""
-        return json.loads((self.steps / f"{step}.json").read_text(encoding="utf-8"))
+        """A finished step's result.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        try:
+            return json.loads((self.steps / f"{step}.json").read_text(encoding="utf-8"))
+        except ValueError:
+            raise self.damaged(f"{step}.json") from None
+
+    def damaged(self, what: str) -> CheckpointError:
+        """The error that says that a file of an unfinished run cannot be gone on from."""
+        return CheckpointError(f"{self.folder}: the unfinished run is damaged ({what}); delete it to start again")
 
     def write(self, step: str, value: Any) -> None:
         """Store a step's result; it counts as done only when all of it is on disk."""
@@ -72,6 +89,15 @@ class Workspace:
     def records(self) -> Path:
         """Where the run record and the directions go."""
         return self.folder / RECORDS
+
+    @classmethod
+    def scratch(cls, output: Path, source: Path) -> Workspace:
+        """A new folder for work that is not resumable; what an earlier, killed one left is dropped."""
+        check_output(output, source)
+        left = output.with_name(output.name + ".partial")
+        if (left / RECORDS / "steps" / "settings.json").is_file():
+            shutil.rmtree(left)
+        return cls(output, source, {}, resume=False)
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
@@ -113,8 +139,26 @@ def check_output(output: Path, source: Path | None) -> None:
         if out == model or model in out.parents:
             where = "is the model itself" if out == model else "lies inside the model's folder"
             raise UsageError(f"--output {output}: {where} ({source}), which is never written to; choose another folder")
-    if output.exists() or output.is_symlink():
+    try:
+        taken = output.exists() or output.is_symlink()
+    except OSError as error:
+        raise UsageError(f"--output {str(output)[:60]}…: not a name for a file here ({error.strerror})") from None
+    if taken:
         raise UsageError(f"--output {output}: exists already and is never overwritten; choose another or delete it")
+
+
+def writable(file: Path) -> None:
+    """Make the folder that `file` is to lie in, and check that files can be made there.
+
+    Raises:
+        ResourceError: they cannot.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ResourceError(f"{file}: cannot write there ({error.strerror})") from None
 
 
 def _plain(value: Any) -> Any:

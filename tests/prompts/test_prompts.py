@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_prompts(name: str, tmp_path: Path) -> None:
     [
         ("a.txt", b"", "no prompts"),
         ("a.txt", b"\n \n", "no prompts"),
-        ("a.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.json", b"{", "cannot be read as json"),
         ("a.json", b"[1, 2]", "row 1 is int"),
         ("a.jsonl", b'{"foo": "bar"}', "row 1 has .*foo.*expected a column prompt"),
@@ -104,7 +104,7 @@ def test_shares_are_kept_on_a_large_set() -> None:
 
 def test_too_few_prompts_and_sets_without_contrast_are_refused() -> None:
     few = PromptSet("few.txt", ("a", "b"), ("", ""))
-    with pytest.raises(PromptError, match=r"few.txt: 2 prompts; at least 8"):
+    with pytest.raises(PromptError, match=r"few.txt: 2 different prompts; at least 8"):
         split(few, 0)
     with pytest.raises(PromptError, match="the same prompts"):
         check_contrast(few, few)

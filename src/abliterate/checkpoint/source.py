@@ -24,6 +24,8 @@ def resolve_model(model: str) -> Path:
         HubError: the hub is unreachable, or does not know the id or revision, or wants a token.
         UnsupportedError: a GGUF file.
     """
+    if not model.strip():
+        raise CheckpointError("MODEL is empty; expected a checkpoint folder or a hub id org/name")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -80,6 +82,6 @@ def download(hub_id: str, repo_type: str = "model") -> Path:
 def _unreachable(hub_id: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
     return (
-        f"{hub_id}: no such folder here, and the hub could not be reached ({reason}); "
-        "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
+        f"{hub_id}: not found here, and the hub could not be reached ({reason}); "
+        "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a path"
     )

@@ -5,6 +5,7 @@ Owns positioned reads and writes; holds one block at a time. Never knows why a t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -43,8 +44,8 @@ def read_rows(fd: int, tensor: TensorInfo, start: int, stop: int) -> Float32Arra
     rows = decode(raw, tensor.dtype).reshape(stop - start, columns)
     if not np.isfinite(rows).all():
         raise VerifyError(
-            f"{tensor.file}: tensor '{tensor.name}' holds NaN or infinity in rows {start}-{stop - 1}; "
-            "the checkpoint is damaged: nothing was written"
+            f"{tensor.file}: tensor '{tensor.name}' holds NaN or infinity, first in row "
+            f"{start + int(np.argmin(np.isfinite(rows).all(1)))}; the checkpoint is damaged: nothing was written"
         )
     return rows
 
@@ -66,6 +67,18 @@ def write_rows(fd: int, tensor: TensorInfo, start: int, rows: Float32Array) -> b
 
 def _columns(tensor: TensorInfo) -> int:
     return int(np.prod(tensor.shape[1:], dtype=np.int64)) if len(tensor.shape) > 1 else 1
+
+
+def tensor_sha256(folder: Path, tensor: TensorInfo) -> str:
+    """Hash of a tensor's stored bytes."""
+    digest = hashlib.sha256()
+    with (folder / tensor.file).open("rb") as file:
+        file.seek(tensor.offset)
+        left = tensor.nbytes
+        while left and (block := file.read(min(left, BLOCK_BYTES))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
 
 
 def copy_file(source: Path, target: Path) -> None:

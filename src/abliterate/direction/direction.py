@@ -5,7 +5,7 @@ Owns the difference of means and `directions.safetensors`; never knows models or
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,14 @@ class Direction:
             CheckpointError: no such file, not a direction of this schema, or not a unit vector.
         """
         arrays, note = load_arrays(path, KIND)
+        if arrays.keys() != {"direction"} or note.keys() != {f.name for f in fields(cls)} - {"vector"}:
+            raise CheckpointError(f"{path}: damaged: holds {', '.join(sorted({*arrays, *note}))}; make it again")
         vector = arrays["direction"].astype(np.float32)
-        if vector.ndim != 1 or abs(float(np.linalg.norm(vector)) - 1) > 1e-4:
-            raise CheckpointError(f"{path}: holds shape {list(vector.shape)}; expected one unit vector [d_model]")
+        norm = float(np.linalg.norm(vector))
+        if vector.ndim != 1 or not abs(norm - 1) <= 1e-4:
+            raise CheckpointError(
+                f"{path}: holds shape {list(vector.shape)} of norm {norm:g}; expected one unit vector [d_model]"
+            )
         return cls(vector, **note)
 
 

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from abliterate.checkpoint import Checkpoint, TensorInfo
-from abliterate.checkpoint.dtypes import EDITABLE, Float32Array, decode
+from abliterate.checkpoint.dtypes import Float32Array, decode
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.checkpoint.stream import copy_file, read_rows, row_blocks, sync, write_rows
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removed, normalise, project_columns, project_rows
 from abliterate.edit.writers import ResidualWriter
-from abliterate.errors import UnsupportedError, VerifyError
+from abliterate.errors import VerifyError
 from abliterate.model.progress import Progress, silent
 
 
@@ -55,7 +55,6 @@ def apply_edit(
 
     Raises:
         VerifyError: a tensor to edit holds NaN or infinity, or the direction does not fit; names it.
-        UnsupportedError: a tensor to edit is stored in a type that cannot be edited.
         ResourceError: the disk is full.
     """
     _check(checkpoint, plan, direction)
@@ -84,10 +83,6 @@ def _check(checkpoint: Checkpoint, plan: EditPlan, direction: npt.NDArray[np.flo
         raise VerifyError(f"{checkpoint.path}: changed since the edit was planned; plan again")
     for writer in plan.writers:
         tensor = checkpoint.tensors[writer.tensor]
-        if tensor.dtype not in EDITABLE:
-            raise UnsupportedError(
-                f"{checkpoint.path}: tensor '{tensor.name}' is stored as {tensor.dtype}; can edit {', '.join(EDITABLE)}"
-            )
         if tensor.shape[writer.axis] != len(direction):
             raise VerifyError(
                 f"the direction has d_model {len(direction)}, tensor '{tensor.name}' has {tensor.shape[writer.axis]}; "

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abliterate.checkpoint import Checkpoint
+from abliterate.checkpoint.dtypes import EDITABLE
 from abliterate.edit.writers import ResidualWriter, residual_writers
+from abliterate.errors import UnsupportedError
 from abliterate.model.sites import WriterSite
 
 Embeddings = Literal["edit", "keep"]
@@ -42,9 +44,14 @@ def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit") -> EditPl
     along the direction stays in the stream.
 
     Raises:
-        UnsupportedError: weights that cannot be placed; names them.
+        UnsupportedError: weights that cannot be placed, or are stored in a type that cannot be edited; names them.
     """
     writers = residual_writers(checkpoint)
     kept = {w.tensor: "--embeddings keep" for w in writers if w.role == "embed" and embeddings == "keep"}
     edited = tuple(w for w in writers if w.tensor not in kept)
+    for tensor in (checkpoint.tensors[w.tensor] for w in edited):
+        if tensor.dtype not in EDITABLE:
+            raise UnsupportedError(
+                f"{checkpoint.path}: tensor '{tensor.name}' is stored as {tensor.dtype}; can edit {', '.join(EDITABLE)}"
+            )
     return EditPlan(edited, kept, len(checkpoint.tensors) - len(writers), checkpoint.fingerprint)

@@ -95,8 +95,9 @@ def residual_writers(checkpoint: Checkpoint) -> list[ResidualWriter]:
 
 def _refuse(checkpoint: Checkpoint, names: list[str]) -> None:
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    family = f"'{checkpoint.model_type}'" if checkpoint.model_type else "not named in config.json"
     raise UnsupportedError(
-        f"{checkpoint.path}: architecture '{checkpoint.model_type}': cannot tell whether these weights write to the "
+        f"{checkpoint.path}: architecture {family}: cannot tell whether these weights write to the "
         f"residual stream: {shown}. Exact today: {', '.join(sorted(FAMILIES))}"
     )
 
@@ -126,15 +127,21 @@ def _check_complete(checkpoint: Checkpoint, writers: list[ResidualWriter]) -> No
         for w in writers
         if checkpoint.tensors[w.tensor].shape[w.axis] != d_model
     ]
+    if not isinstance(n_layers, int) or not isinstance(d_model, int):
+        raise UnsupportedError(
+            f"{checkpoint.path}: config.json: num_hidden_layers {n_layers!r}, hidden_size {d_model!r}; "
+            "expected two numbers"
+        )
+    problems += [f"{w.tensor} (there are {n_layers} layers)" for w in writers if (w.layer or 0) >= n_layers]
     problems += [f"{w.gain} (missing)" for w in writers if w.gain is not None and w.gain not in checkpoint.tensors]
     have = {(w.layer, w.module) for w in writers if w.tensor.endswith(".weight")}
-    expected = [(layer, module) for layer in range(int(n_layers or 0)) for module in _WRITERS]
+    expected = [(layer, module) for layer in range(n_layers) for module in _WRITERS]
     problems += [
         f"layers.{layer}.{module}.weight (missing)" for layer, module in expected if (layer, module) not in have
     ]
     if (None, "embed") not in have:
         problems.append("embed_tokens.weight (missing)")
-    if not n_layers or not d_model or problems:
+    if problems:
         raise UnsupportedError(
             f"{checkpoint.path}: the weights do not match config.json ({n_layers} layers): {'; '.join(problems[:4])}"
         )

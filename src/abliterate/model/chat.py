@@ -40,11 +40,22 @@ class ChatFormat:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             hint = "; it may know no system role: drop --system-prompt" if self.system_prompt is not None else ""
-            raise UnsupportedError(f"the model's chat template cannot be rendered ({error}){hint}") from None
+            raise UnsupportedError(
+                f"{self.name}: the chat template cannot be rendered ({error}){hint}; --chat-template FILE gives another"
+            ) from None
         assert isinstance(text, str)
+        if prompt.strip() not in text:
+            raise UnsupportedError(
+                f"{self.name}: the chat template leaves out the request; --chat-template FILE gives another"
+            )
         if self.system_prompt is not None and self.system_prompt.strip() not in text:
-            raise UnsupportedError("the model's chat template ignores the system prompt; drop --system-prompt")
+            raise UnsupportedError(f"{self.name}: the chat template ignores the system prompt; drop --system-prompt")
         return text
+
+    @property
+    def name(self) -> str:
+        """Where the tokenizer came from."""
+        return str(self.tokenizer.name_or_path)
 
     def encode(self, prompts: tuple[str, ...] | list[str]) -> list[list[int]]:
         """Token ids of each rendered prompt. The template writes BOS where the model wants one; none is added."""
@@ -79,6 +90,8 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> PreTraine
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{chat_template}: cannot be read as a chat template ({_first_line(error)})") from None
+        if not str(tokenizer.chat_template).strip():
+            raise UsageError(f"{chat_template}: empty; expected a jinja chat template")
     if not tokenizer.chat_template:
         raise UnsupportedError(
             f"{folder}: the tokenizer has no chat template, so this may be a base model; "

@@ -10,13 +10,14 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from abliterate.errors import ResourceError, UnsupportedError, UsageError
+from abliterate.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from abliterate.model.chat import ChatFormat, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -81,20 +82,35 @@ def load_model(
 
     Raises:
         UnsupportedError: transformers does not know the architecture, or there is no chat template.
+        CheckpointError: weights of the model are not in the checkpoint; names them.
         UsageError: no such device or dtype.
     """
     tokenizer = load_tokenizer(folder, chat_template)
     where = pick_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, where))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=pick_dtype(dtype, where), output_loading_info=True
+        )
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(f"{folder}: transformers cannot load this model ({str(error)[:200]})") from None
+    model: PreTrainedModel = loaded[0]
+    _require_whole(folder, loaded[1])
     # Only the stop tokens of the checkpoint's own generation settings are kept: a repetition penalty or a
     # temperature that a release ships would otherwise shape the answers that are judged.
     stop = model.generation_config.eos_token_id if model.generation_config else None
     model.generation_config = GenerationConfig(eos_token_id=stop)
     nn.Module.to(model, where).eval().requires_grad_(False)
     return ChatModel(model, ChatFormat(tokenizer, system_prompt))
+
+
+def _require_whole(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse a model in which weights are random because the checkpoint does not have them."""
+    lacking = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+    if lacking:
+        raise CheckpointError(
+            f"{folder}: config.json asks for {len(lacking)} weights that the checkpoint lacks or has in another shape: "
+            f"{', '.join(lacking[:4])}; the two do not belong together"
+        )
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -107,7 +123,7 @@ def pick_device(device: str | None) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"--device {device}: not usable here ({str(error).splitlines()[0][:100]}); try --device cpu"

@@ -68,7 +68,9 @@ def _read(path: Path, name: str | None = None) -> PromptSet:
         raise PromptError(f"{path}: unknown format '{path.suffix}'; expected {', '.join(FORMATS)}")
     try:
         rows = reader(path)
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except (csv.Error, json.JSONDecodeError) as error:
         raise PromptError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from None
     except OSError as error:
         raise PromptError(f"{path}: cannot be opened ({error.strerror})") from None
@@ -90,6 +92,9 @@ def _request(row: Any, path: Path, number: int) -> tuple[str, str]:
         for column in COLUMNS:
             if isinstance(row.get(column), str):
                 return row[column].strip(), str(row.get("category") or "")
+        if named := [column for column in COLUMNS if column in row]:
+            value = row[named[0]]
+            raise PromptError(f"{path}: row {number}: '{named[0]}' is {value!r:.40}; expected text")
         raise PromptError(f"{path}: row {number} has {sorted(map(str, row))}; expected a column {', '.join(COLUMNS)}")
     raise PromptError(f"{path}: row {number} is {type(row).__name__}; expected text or a record")
 
@@ -103,6 +108,17 @@ def _read_json(path: Path) -> list[Any]:
     if isinstance(value, dict):
         value = next((value[k] for k in ("prompts", "data", "rows") if isinstance(value.get(k), list)), [])
     return value if isinstance(value, list) else []
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise PromptError(f"{path}: line {number} is not JSON ({error.msg} at column {error.colno})") from None
+    return rows
 
 
 def _read_csv(path: Path) -> list[Any]:
@@ -129,7 +145,7 @@ def _read_parquet(path: Path) -> list[Any]:
 _READERS: dict[str, Callable[[Path], list[Any]]] = {
     ".txt": lambda path: [line for line in _text(path).splitlines() if line.strip()],
     ".json": _read_json,
-    ".jsonl": lambda path: [json.loads(line) for line in _text(path).splitlines() if line.strip()],
+    ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".parquet": _read_parquet,

@@ -83,7 +83,7 @@ def split(prompts: PromptSet, seed: int) -> Splits:
         PromptError: fewer than `MINIMUM` prompts, or so many near-duplicates that a part stays empty.
     """
     if len(prompts) < MINIMUM:
-        raise PromptError(f"{prompts.name}: {len(prompts)} prompts; at least {MINIMUM} are needed")
+        raise PromptError(f"{prompts.name}: {len(prompts)} different prompts; at least {MINIMUM} are needed")
     families = _families(prompts.prompts)
     random.Random(seed).shuffle(families)
     wanted = [share * len(prompts) for share in SHARES]
@@ -93,7 +93,10 @@ def split(prompts: PromptSet, seed: int) -> Splits:
         target = max(range(3), key=lambda k: (wanted[k] - len(parts[k])) / wanted[k])
         parts[target] += family
     if not all(parts):
-        raise PromptError(f"{prompts.name}: too few different prompts to split into train, validation and test")
+        raise PromptError(
+            f"{prompts.name}: {len(prompts)} prompts fall into {len(families)} groups of near-duplicates (four "
+            "fifths of their words in common), too few to split into three parts; give more different ones"
+        )
     return Splits(*(prompts.take(sorted(part), prompts.name) for part in parts))
 
 
