@@ -145,16 +145,21 @@ def test_verbs_refuse_what_does_not_belong_together(
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_message_and_a_code_by_kind(
-    args: list[str], code: int, words: list[str], refusing: Refusing, tmp_path: Path
+    args: list[str], code: int, words: list[str], refusing: Refusing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "EMPTY.txt").write_text("\n")
     places = {"MODEL": str(refusing.folder)} | {n: str(tmp_path / n) for n in ("EMPTY", "EMPTY.txt", "OUT")}
-    done = call(*(places.get(a, a) for a in args))
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr and done.stdout == ""
-    assert all(word in done.stderr for word in words), done.stderr
+    assert run_here(*(places.get(a, a) for a in args)) == code
+    said = capsys.readouterr()
+    assert said.out == "" and all(word in said.err for word in words), said
     assert not (tmp_path / "OUT").exists() and not (tmp_path / "OUT.partial").exists()
+
+
+def test_a_mistake_is_told_without_a_traceback(tmp_path: Path) -> None:
+    done = call("run", "no-such-folder", "-o", str(tmp_path / "out"))
+    assert done.returncode == 3 and done.stdout == ""
+    assert done.stderr.startswith("error: no-such-folder") and len(done.stderr.splitlines()) == 1
 
 
 def test_exit_codes_differ_by_kind() -> None:
