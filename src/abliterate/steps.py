@@ -99,7 +99,7 @@ def check_site(checkpoint: Checkpoint, options: Options) -> None:
         UsageError: there is no such layer or position.
         UnsupportedError: there is no chat template, or one that cannot be used.
     """
-    n_layers = int(checkpoint.config["num_hidden_layers"])
+    n_layers = checkpoint.n_layers
     if options.layer is not None and options.layer >= n_layers:
         raise UsageError(f"--layer {options.layer}: layers are 0 to {n_layers - 1}")
     template = Path(options.chat_template) if options.chat_template else None

@@ -51,6 +51,20 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def n_layers(self) -> int:
+        """Number of layers of the language model, by config.json.
+
+        Raises:
+            UnsupportedError: it does not say.
+        """
+        parts = [self.config, *(v for v in self.config.values() if isinstance(v, dict) and "vocab_size" in v)]
+        for part in parts:
+            for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+                if isinstance(part.get(name), int):
+                    return int(part[name])
+        raise UnsupportedError(f"{self.path}: config.json does not say how many layers the language model has")
+
+    @property
     def model_type(self) -> str:
         """The `model_type` of config.json."""
         return str(self.config.get("model_type", ""))

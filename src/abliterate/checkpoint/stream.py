@@ -6,9 +6,11 @@ Owns positioned reads and writes; holds one block at a time. Never knows why a t
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,22 @@ def row_blocks(tensor: TensorInfo) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK_BYTES // per_row)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
+
+
+def matrices(tensor: TensorInfo, axis: int) -> Iterator[TensorInfo]:
+    """A tensor as matrices with `axis` as their rows, or as their columns where it is the last one.
+
+    A fused tensor of experts `[E, d_model, d_ff]` is one matrix for each expert; `[E, d_ff, d_model]`, stored in one
+    piece, is one matrix of `E x d_ff` rows.
+    """
+    shape = tensor.shape
+    if axis == len(shape) - 1 and len(shape) > 1:
+        yield replace(tensor, shape=(math.prod(shape[:-1]), shape[-1]))
+        return
+    nbytes = tensor.nbytes // max(1, math.prod(shape[:axis]))
+    for i in range(math.prod(shape[:axis])):
+        inner = (shape[axis], math.prod(shape[axis + 1 :]))
+        yield replace(tensor, shape=inner, offset=tensor.offset + i * nbytes, nbytes=nbytes)
 
 
 def read_rows(fd: int, tensor: TensorInfo, start: int, stop: int) -> Float32Array:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from abliterate.checkpoint import Checkpoint, TensorInfo
 from abliterate.checkpoint.dtypes import Float32Array, decode
 from abliterate.checkpoint.folder import RECORDS
-from abliterate.checkpoint.stream import copy_file, read_rows, row_blocks, sync, write_rows
+from abliterate.checkpoint.stream import copy_file, matrices, read_rows, row_blocks, sync, write_rows
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removed, normalise, project_columns, project_rows
 from abliterate.edit.writers import ResidualWriter
@@ -102,19 +102,26 @@ def _edit_tensor(
     tensor = checkpoint.tensors[writer.tensor]
     digest = hashlib.sha256()
 
-    def blocks() -> Iterator[tuple[int, Float32Array]]:
-        for start, stop in row_blocks(tensor):
-            yield start, read_rows(fd, tensor, start, stop)
+    d = normalise(direction, _gain(checkpoint, writer), writer.centred)
+    parts = list[Removed]()
+    for matrix in matrices(tensor, writer.axis):
 
-    def store(start: int, rows: Float32Array) -> Float32Array:
-        raw = write_rows(fd, tensor, start, rows)
-        digest.update(raw)
-        return decode(raw, tensor.dtype).reshape(rows.shape)
+        def blocks(matrix: TensorInfo = matrix) -> Iterator[tuple[int, Float32Array]]:
+            for start, stop in row_blocks(matrix):
+                yield start, read_rows(fd, matrix, start, stop)
 
-    d = normalise(direction, _gain(checkpoint, writer))
-    project = project_columns if writer.axis == 0 else project_rows
-    done: Removed = project(blocks, store, d, strength)
-    return EditRecord(writer.tensor, writer.role, writer.layer, done.norm, done.removed, done.leak, digest.hexdigest())
+        def store(start: int, rows: Float32Array, matrix: TensorInfo = matrix) -> Float32Array:
+            raw = write_rows(fd, matrix, start, rows)
+            digest.update(raw)
+            return decode(raw, matrix.dtype).reshape(rows.shape)
+
+        # The last axis of a matrix lies along its rows; a vector is a matrix of one column.
+        rows_are_written = len(tensor.shape) > 1 and writer.axis == len(tensor.shape) - 1
+        parts.append((project_rows if rows_are_written else project_columns)(blocks, store, d, strength))
+    norm, removed = (float(np.linalg.norm([getattr(p, n) for p in parts])) for n in ("norm", "removed"))
+    left = float(np.linalg.norm([p.leak * p.removed for p in parts]))
+    leak = left / removed if removed else 0.0
+    return EditRecord(writer.tensor, writer.role, writer.layer, norm, removed, leak, digest.hexdigest())
 
 
 def _gain(checkpoint: Checkpoint, writer: ResidualWriter) -> Float32Array | None:

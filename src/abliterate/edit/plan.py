@@ -27,13 +27,18 @@ class EditPlan:
     source: str
 
     @property
+    def n_layers(self) -> int:
+        """Number of layers that write to the stream."""
+        return 1 + max(w.layer for w in self.writers if w.layer is not None)
+
+    @property
     def sites(self) -> list[WriterSite]:
         """The same edit as places to hook in the running model, one for each module."""
-        sites = {(w.layer, w.module): WriterSite(w.layer, w.module, w.gain_module, w.gain_offset) for w in self.writers}
-        found = list(sites.values())
-        if any(w.tied_to for w in self.writers):
-            found.append(WriterSite(None, "head"))
-        return found
+        sites = (WriterSite(w.layer, w.module, w.gain_parameter, w.gain_offset, w.centred) for w in self.writers)
+        found = list(dict.fromkeys(sites))
+        # A tied head reads through the edited embedding, and so loses what that was projected against.
+        tied = (w for w in self.writers if w.tied_to)
+        return found + [WriterSite(None, "head", w.gain_parameter, w.gain_offset, w.centred) for w in tied]
 
 
 def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit") -> EditPlan:

@@ -26,14 +26,17 @@ class Removed(NamedTuple):
     leak: float
 
 
-def normalise(vector: Float32Array, gain: Float32Array | None = None) -> Float32Array:
+def normalise(vector: Float32Array, gain: Float32Array | None = None, centred: bool = False) -> Float32Array:
     """`normalise(g ⊙ r̂)`: the direction to remove from a writer behind a normalisation with gain `g`, `[d_model]`.
 
-    The stream receives `g ⊙ W x / rms(W x)`, so its component along `r̂` is `(g ⊙ r̂)ᵀ W x` up to a scalar.
+    The stream receives `g ⊙ W x / rms(W x)`, so its component along `r̂` is `(g ⊙ r̂)ᵀ W x` up to a scalar. Where the
+    norm subtracts the mean first (`centred`, LayerNorm), so does the direction.
     """
     wide = vector.astype(np.float64)
     if gain is not None:
         wide = wide * gain
+    if centred:
+        wide = wide - wide.mean()
     return (wide / np.linalg.norm(wide)).astype(np.float32)
 
 

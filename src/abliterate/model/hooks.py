@@ -49,11 +49,17 @@ def ablate(
     with ExitStack() as stack:
         for site in sites:
             module, gain = site_modules(model, site)
-            d = nn.functional.normalize(unit * gain if gain is not None else unit, dim=-1)[:, None, :]
+            behind = unit * gain if gain is not None else unit
+            behind = behind - behind.mean(-1, keepdim=True) if site.centred else behind
+            d = nn.functional.normalize(behind, dim=-1)[:, None, :]
 
-            def project(y: torch.Tensor, d: torch.Tensor = d) -> torch.Tensor:
-                wide = y.float()
-                return (wide - (strength * (wide * d).sum(-1, keepdim=True)) * d).to(y.dtype)
+            def project(output: Any, d: torch.Tensor = d) -> Any:
+                y = _hidden(output)
+                # Mixtures of experts write [rows x tokens, d_model]: a view by rows gives each its own direction.
+                wide = (y.reshape(len(d), -1, y.shape[-1]) if y.ndim == 2 and len(d) > 1 else y).float()
+                left = (wide - (strength * (wide * d).sum(-1, keepdim=True)) * d).to(y.dtype)
+                left = left.reshape(y.shape) if y.ndim == 2 else left
+                return (left, *output[1:]) if isinstance(output, tuple) else left
 
             if site.module == "head":  # (W − s·W r̂ r̂ᵀ) h = W (h − s·r̂ r̂ᵀ h): the head's own input loses it
                 hook = module.register_forward_pre_hook(lambda _m, args, p=project: (p(args[0]), *args[1:]))
@@ -83,13 +89,14 @@ def add_vectors(model: ChatModel, layers: Sequence[int], vectors: torch.Tensor) 
 
 def site_modules(model: ChatModel, site: WriterSite) -> tuple[nn.Module, torch.Tensor | None]:
     """A site's module, and the float32 gain `[d_model]` between its output and the stream, if there is one."""
-    if site.layer is None:
-        head = site.module == "head"
-        return (model.model.get_output_embeddings() if head else model.model.get_input_embeddings()), None
-    block = model.blocks[site.layer]
-    if site.gain is None:
-        return block.get_submodule(site.module), None
-    return block.get_submodule(site.module), block.get_parameter(f"{site.gain}.weight").float() + site.gain_offset
+    root: nn.Module = model.model if site.layer is None else model.blocks[site.layer]
+    if site.module == "head":
+        module = model.model.get_output_embeddings()
+    elif site.module == "embed":
+        module = model.model.get_input_embeddings()
+    else:
+        module = root.get_submodule(site.module)
+    return module, None if site.gain is None else root.get_parameter(site.gain).float() + site.gain_offset
 
 
 def _hidden(output: Any) -> torch.Tensor:

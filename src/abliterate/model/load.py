@@ -15,7 +15,14 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from abliterate.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from abliterate.model.chat import ChatFormat, load_tokenizer
@@ -33,10 +40,12 @@ class ChatModel:
     @cached_property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks in order; block `l` writes `resid_post[l]`."""
-        n_layers = self.model.config.get_text_config().num_hidden_layers
-        for module in self.model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-                return list(module)
+        n_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        # The decoder first: an image encoder beside it may have as many blocks.
+        for root in (self.model.get_decoder(), self.model):
+            for module in root.modules():
+                if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+                    return list(module)
         raise UnsupportedError(f"{type(self.model).__name__}: no list of {n_layers} blocks found in the model")
 
     @property
@@ -47,7 +56,7 @@ class ChatModel:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return int(self.model.config.get_text_config().hidden_size)
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +97,7 @@ def load_model(
     tokenizer = load_tokenizer(folder, chat_template)
     where = pick_device(device)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(folder).from_pretrained(
             folder, dtype=pick_dtype(dtype, where), output_loading_info=True
         )
     except (ValueError, KeyError, ImportError) as error:
@@ -101,6 +110,12 @@ def load_model(
     model.generation_config = GenerationConfig(eos_token_id=stop)
     nn.Module.to(model, where).eval().requires_grad_(False)
     return ChatModel(model, ChatFormat(tokenizer, system_prompt))
+
+
+def _auto_class(folder: Path) -> Any:
+    """The class that loads a model with a language head: text alone, or images and text."""
+    kind = AutoConfig.from_pretrained(folder).model_type
+    return AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
 
 
 def _require_whole(folder: Path, report: dict[str, Any]) -> None:

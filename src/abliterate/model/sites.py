@@ -13,12 +13,13 @@ class WriterSite:
     """A module whose output is added to the residual stream: `module` within block `layer`.
 
     Outside the blocks `layer` is None and `module` is "embed", or "head" for an LM head that shares the
-    embedding's weights and so loses the direction from what it reads. `gain` names the normalisation
-    within the block whose gain lies between the output and the stream, `gain_offset` what its formula
-    adds to the stored gain (1 in Gemma).
+    embedding's weights and so loses the direction from what it reads; any other name is a path in the model.
+    `gain` is the path (within the block, or of the model) of the gain between the output and the stream,
+    `gain_offset` what the norm's formula adds to it (1 in Gemma), `centred` whether it subtracts the mean.
     """
 
     layer: int | None
     module: str
     gain: str | None = None
     gain_offset: float = 0.0
+    centred: bool = False

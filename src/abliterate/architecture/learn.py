@@ -1,0 +1,158 @@
+"""What was learned of a model class, as plain values: patterns of the tensors that write to the stream.
+
+Owns the way from a configuration to an `Architecture`: build a twin, probe it, trace its files, find where the
+same edit can be made at run time. Never reads a real checkpoint's weights.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from abliterate.architecture.patterns import Architecture, Gain, WriterPattern, merge
+from abliterate.architecture.probe import Finding, Writer, direction_behind, probe
+from abliterate.architecture.stream import hidden_states
+from abliterate.architecture.trace import Trace, trace
+from abliterate.architecture.twin import build_twin, random_ids
+from abliterate.errors import UnsupportedError
+
+#: How far ablation by hooks may be from the edited weights: norms compute in float32.
+_SAME = 1e-5
+
+
+@cache
+def learn(folder: Path) -> Architecture:
+    """The architecture that the config.json in `folder` describes, by experiments on a shrunken twin of it.
+
+    Raises:
+        UnsupportedError: transformers does not know it, or no edit of its weights can be exact; says why.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedError(f"transformers does not know this architecture ({str(error)[:110]}…)") from None
+    return learn_config(config)
+
+
+def learn_config(config: PreTrainedConfig) -> Architecture:
+    """The architecture of a configuration; see `learn`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a twin's operations are too small to share
+    try:
+        twin = build_twin(config)
+        finding = probe(twin)
+        if finding.refused is not None:
+            raise UnsupportedError(f"architecture '{config.model_type}': no edit can be exact: {finding.refused}")
+        return _describe(config.model_type, finding, trace(twin))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _describe(model_type: str, finding: Finding, traced: Trace) -> Architecture:
+    sites = _sites(finding)
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in finding.stream.model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    parameters = dict(finding.stream.model.named_parameters(remove_duplicate=False))
+    found: list[WriterPattern] = []
+    for writer, site in zip(finding.writers, sites, strict=True):
+        also = [n for n in aliases[id(parameters[writer.parameter])] if n != writer.parameter]
+        gain = None
+        if writer.gain is not None:
+            g, stored = writer.gain.parameter, None
+            stored = traced.same(g) if g is not None else None
+            gain = Gain(stored, _local(finding, writer, g), writer.gain.offset, writer.gain.centred)
+        found += [
+            WriterPattern(t.name, t.axis, _role(writer), writer.layer, gain, site, also[0] if also else None)
+            for t in traced.writer(writer)
+        ]
+    return merge(model_type, found, traced.names, len(finding.stream.calls), finding.after)
+
+
+def _role(writer: Writer) -> str:
+    """What part of a block a writer belongs to, by its name; a label for people."""
+    name = writer.parameter.lower()
+    if writer.layer is None:
+        return "embed"
+    if "expert" in name:
+        return "expert out"
+    if re.search(r"mlp|ffn|feed_forward|ff\.|fc\d|dense_\dh|w2|wo\.", name):
+        return "MLP out"
+    return "attention out" if re.search(r"att", name) else "mixer out"
+
+
+def _local(finding: Finding, writer: Writer, path: str | None) -> str | None:
+    """A module's or parameter's path within its block, or in the model outside the blocks."""
+    return path.removeprefix(f"{finding.stream.path}.{writer.layer}.") if path is not None else None
+
+
+def _sites(finding: Finding) -> list[str]:
+    """For every writer the module whose output carries what it writes: its own, or the nearest one around it.
+
+    Raises:
+        UnsupportedError: ablating there does not compute what the edited weights compute.
+    """
+    model, stream = finding.stream.model, finding.stream
+    sizes: dict[str, int] = {}
+    handles = []
+    for path, module in model.named_modules():
+
+        def measure(_m: nn.Module, _a: Any, output: Any, path: str = path) -> None:
+            sizes.setdefault(path, _size(output))
+
+        handles.append(module.register_forward_hook(measure))
+    with torch.no_grad():
+        model(input_ids=random_ids(), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    full = stream.calls[min(stream.calls)].hidden.numel()
+    found = []
+    for writer in finding.writers:
+        path, block = writer.parameter.rpartition(".")[0], f"{stream.path}.{writer.layer}"
+        while path not in ("", block) and sizes.get(path, 0) not in (full, full // random_ids().shape[0]):
+            path = path.rpartition(".")[0]
+        if path in ("", block):
+            raise UnsupportedError(f"no module of its own carries what '{writer.parameter}' writes")
+        found.append(path)
+    _require_same(finding, found)
+    return [path.removeprefix(f"{stream.path}.{w.layer}.") for w, path in zip(finding.writers, found, strict=True)]
+
+
+def _size(output: Any) -> int:
+    try:
+        return hidden_states(output).numel()
+    except (AssertionError, IndexError):
+        return 0
+
+
+def _require_same(finding: Finding, paths: list[str]) -> None:
+    """Check that hooks at the sites take the direction out as the edited weights do."""
+    model, stream = finding.stream.model, finding.stream
+    r = torch.randn(stream.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    r /= r.norm()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    handles = []
+    for writer, path in zip(finding.writers, paths, strict=True):
+        d = r
+        if writer.gain is not None:
+            gain = parameters[writer.gain.parameter].double() + writer.gain.offset if writer.gain.parameter else 1.0
+            d = direction_behind(r, gain, writer.gain.centred)
+
+        def hook(_m: nn.Module, _a: Any, output: Any, d: torch.Tensor = d) -> Any:
+            y = hidden_states(output)
+            y = (y.double() - (y.double() @ d)[..., None] * d).to(y.dtype)
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        handles.append(model.get_submodule(path).register_forward_hook(hook))
+    with torch.no_grad():
+        left = max(float((h @ r).abs().max() / h.norm(dim=-1).mean()) for h in stream.states())
+    for handle in handles:
+        handle.remove()
+    if left > _SAME:
+        raise UnsupportedError(f"ablation at run time leaves {left:.1e} of the direction in the stream")

@@ -1,0 +1,137 @@
+"""Patterns of tensor names: what a twin of few layers and experts says about a checkpoint of many.
+
+Owns the plain values that describe an architecture, and how they match names. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from abliterate.errors import UnsupportedError
+
+LAYER, NUMBER = "{layer}", "{n}"
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """The norm between a writer and the stream: the tensor of its gain and the parameter's path within the block.
+
+    `offset` is what the norm's formula adds to the stored gain; `centred` where it subtracts the mean. Both
+    names are None for a norm without gain.
+    """
+
+    tensor: str | None
+    parameter: str | None
+    offset: float
+    centred: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WriterPattern:
+    """Tensors that write to the stream along `axis`: a name with `{layer}` and `{n}` for numbers that run.
+
+    `layer` is a layer of the twin, or None outside the blocks. `module` is the path (within the block, or of the
+    model outside) of the module whose output carries what is written; `tied_to` what else the tensor is.
+    """
+
+    tensor: str
+    axis: int
+    role: str
+    layer: int | None
+    gain: Gain | None
+    module: str
+    tied_to: str | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model class: its writers, every other tensor of its blocks, the kinds of its layers.
+
+    `prefix` is what stands before a layer's number in tensor names; `kinds` holds for each kind of layer the
+    patterns of the writers it has; `leak` what an edit left in the twin's stream.
+    """
+
+    model_type: str
+    prefix: str
+    writers: tuple[WriterPattern, ...]
+    bystanders: tuple[str, ...]
+    kinds: tuple[frozenset[str], ...]
+    leak: float
+
+
+def regex(pattern: str) -> re.Pattern[str]:
+    """A pattern as a regular expression with the group `layer`."""
+    text = re.escape(pattern).replace(re.escape(LAYER), r"(?P<layer>\d+)", 1)
+    return re.compile(text.replace(re.escape(NUMBER), r"\d+"))
+
+
+def merge(
+    model_type: str, writers: Iterable[WriterPattern], names: Iterable[str], n_layers: int, leak: float
+) -> Architecture:
+    """Turn the writers found in each layer of a twin, and all its tensor names, into patterns.
+
+    Raises:
+        UnsupportedError: a tensor's name does not hold its layer, or layers disagree about a tensor.
+    """
+    writers = list(writers)
+    inside = [w for w in writers if w.layer is not None]
+    if not inside:
+        raise UnsupportedError(f"architecture '{model_type}': no block writes to the stream")
+    prefix = _prefix(inside, model_type)
+    layered = {w.tensor: _with_layer(w.tensor, prefix) for w in inside}
+    everything = {n: _with_layer(n, prefix) for n in names if n.startswith(prefix)}
+    running = _running(set(everything.values()))
+    patterns: dict[str, WriterPattern] = {}
+    kinds: dict[int, set[str]] = {}
+    for w in inside:
+        name = running.get(layered[w.tensor], layered[w.tensor])
+        gain = replace(w.gain, tensor=_with_layer(w.gain.tensor, prefix)) if w.gain and w.gain.tensor else w.gain
+        pattern = replace(w, tensor=name, gain=gain, layer=0)
+        if patterns.setdefault(name, pattern) != pattern:
+            raise UnsupportedError(f"architecture '{model_type}': layers differ in how '{name}' writes to the stream")
+        kinds.setdefault(w.layer or 0, set()).add(name)
+    written = {w.tensor for w in inside}
+    bystanders = {running.get(p, p) for n, p in everything.items() if n not in written}
+    if both := bystanders & patterns.keys():
+        raise UnsupportedError(f"architecture '{model_type}': only some layers write with '{min(both)}'")
+    if len(kinds) != n_layers:
+        raise UnsupportedError(f"architecture '{model_type}': some layers write nothing to the stream")
+    outside = [w for w in writers if w.layer is None]
+    return Architecture(
+        model_type, prefix, (*patterns.values(), *outside), tuple(sorted(bystanders)),
+        tuple({frozenset(k): None for k in kinds.values()}), leak,
+    )  # fmt: skip
+
+
+def _prefix(writers: list[WriterPattern], model_type: str) -> str:
+    """What stands before the layer's number in every writer's name."""
+    found = set()
+    for w in writers:
+        before, number, _ = re.split(r"(?<=\.)(\d+)(?=\.)", w.tensor, maxsplit=1) if "." in w.tensor else ("", "", "")
+        if number != str(w.layer):
+            raise UnsupportedError(
+                f"architecture '{model_type}': '{w.tensor}' serves layer {w.layer}: weights are shared"
+            )
+        found.add(before)
+    if len(found) != 1:
+        raise UnsupportedError(f"architecture '{model_type}': layers are named in several ways")
+    return found.pop()
+
+
+def _with_layer(name: str, prefix: str) -> str:
+    return re.sub(rf"^({re.escape(prefix)})\d+(?=\.|$)", rf"\g<1>{LAYER}", name)
+
+
+def _running(names: set[str]) -> dict[str, str]:
+    """Names whose numbers run from 0 up (experts), mapped to the pattern with `{n}`."""
+    groups: dict[str, set[int]] = {}
+    members: dict[str, list[str]] = {}
+    for name in names:
+        for found in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+            pattern = name[: found.start()] + NUMBER + name[found.end() :]
+            groups.setdefault(pattern, set()).add(int(found.group()))
+            members.setdefault(pattern, []).append(name)
+    runs = {p for p, numbers in groups.items() if len(numbers) > 1 and numbers == set(range(len(numbers)))}
+    return {name: pattern for pattern in sorted(runs) for name in members[pattern]}

@@ -1,0 +1,235 @@
+"""Build a shrunken twin of a model class from a configuration: the same code, tiny sizes, random weights.
+
+Owns which numbers of a configuration are sizes, and how to shrink them so that the model still runs.
+Never knows what is measured on the twin.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from abliterate.errors import UnsupportedError
+
+#: The width of the stream where heads have a width of their own; no other size of the twin equals it.
+D_MODEL = 96
+VOCABULARY = 131
+MAX_PARAMETERS = 100_000_000
+_HEADS, _EXPERTS, _LAYERS, _MOST_LAYERS = (2, 4), 4, 3, 8
+
+_WIDTH = (
+    "hidden_size", "d_model", "n_embd", "n_embed", "dim", "emb_dim", "model_dim", "embedding_size", "hidden_dim",
+    "word_embed_proj_dim", "embed_dim", "out_hidden_size", "backbone_hidden_size", "lru_width",
+)  # fmt: skip
+_HEAD_COUNTS = (
+    "num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads", "num_heads",
+    "swa_num_attention_heads",
+)  # fmt: skip
+_KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_global_key_value_heads")
+_FEED_FORWARD = (
+    "intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "d_ff",
+    "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size", "shared_intermediate_size",
+    "moe_shared_expert_intermediate_size", "dense_intermediate_size", "intermediate_size_mlp", "mlp_dim",
+)  # fmt: skip
+_EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_CHOSEN_EXPERTS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k",
+)  # fmt: skip
+_LAYER_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth",
+)  # fmt: skip
+_DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers")
+_REFUSALS = (
+    ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError, ImportError, AssertionError,
+)  # fmt: skip
+_EXPLICIT_HEADS = ("head_dim", "v_head_dim", "qk_nope_head_dim")
+
+
+def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
+    """A runnable model of the class that `config` names, in float64 on the CPU, with random weights.
+
+    Layers are cut to the shortest prefix that has every kind of layer, other sizes to a few units; everything
+    else (norms, biases, activations, flags) is as configured.
+
+    Raises:
+        UnsupportedError: no shrunken form of the configuration runs; gives the reason.
+    """
+    text = vars(config.get_text_config(decoder=True))
+    explicit = any(_is_size(text.get(name)) for name in _EXPLICIT_HEADS)
+    reasons = []
+    for heads, tied_to_heads in itertools.product(_HEADS, (False, True) if explicit else (True, False)):
+        made = _attempt(shrink(config, heads, tied_to_heads))
+        if not isinstance(made, str):
+            return made
+        reasons.append(made)
+    raise UnsupportedError(f"architecture '{config.model_type}': no small model of it runs ({reasons[0]})")
+
+
+def _attempt(config: PreTrainedConfig) -> PreTrainedModel | str:
+    """The model of a shrunken configuration, or why it does not run."""
+    try:
+        return _runnable(config)
+    # The model classes of all of transformers are behind this call, and what each of them raises on a size it does
+    # not like is not known; the reason is kept and given where no form runs.
+    except _REFUSALS as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def random_ids(seed: int = 0) -> torch.Tensor:
+    """Token ids `[2, 7]` for a twin."""
+    return torch.randint(5, VOCABULARY - 11, (2, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool) -> PreTrainedConfig:
+    """A copy of `config` with small sizes; `tied_to_heads` keeps `d_model = heads x head width`."""
+    small = copy.deepcopy(config)
+    _shrink(small, heads, tied_to_heads)
+    return small
+
+
+def _runnable(config: PreTrainedConfig) -> PreTrainedModel:
+    auto: Any = (
+        AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+    )
+    with torch.device("meta"):
+        shape = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
+    size = sum(parameter.numel() for parameter in shape.parameters())
+    if size > MAX_PARAMETERS:
+        raise ValueError(f"the twin would have {size} parameters")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model: PreTrainedModel = auto.from_config(
+            config, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        model.requires_grad_(False)
+        _randomise(model)
+        with torch.no_grad():
+            model(input_ids=random_ids(), use_cache=False)
+    return model
+
+
+def _randomise(model: PreTrainedModel) -> None:
+    """Weights at which nothing is accidentally zero or one: a forgotten gain or bias shows."""
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        if parameter.ndim > 1:
+            parameter.copy_(0.15 * noise)
+        else:
+            parameter.add_(0.3 * noise)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _first(fields: dict[str, Any], names: Iterable[str]) -> int | None:
+    return next((fields[name] for name in names if _is_size(fields.get(name))), None)
+
+
+def _shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool) -> None:
+    fields = dict(vars(config))
+    for value in fields.values():
+        if isinstance(value, PreTrainedConfig):
+            _shrink(value, heads, tied_to_heads)
+    small = (
+        _widths(fields, heads, tied_to_heads)
+        | _recurrence(fields)
+        | _mixture(fields)
+        | _depth(fields)
+        | _vocabulary(fields)
+    )
+    small |= _state_space(fields | small)
+    for name, value in small.items():
+        setattr(config, name, value)
+
+
+def _widths(fields: dict[str, Any], most: int, tied_to_heads: bool) -> dict[str, Any]:
+    """Widths of stream, heads and feed-forward; head widths and ranks stay, so that what depends on them fits."""
+    width, heads = _first(fields, _WIDTH), _first(fields, _HEAD_COUNTS)
+    small: dict[str, Any] = {}
+    few = min(most, heads) if heads else 1
+    if width:
+        new = few * (width // heads) if tied_to_heads and heads else D_MODEL
+        small |= {
+            name: new if fields[name] == width else max(8, fields[name] * new // width // 8 * 8)
+            for name in _WIDTH
+            if _is_size(fields.get(name))
+        }
+    small |= {name: few for name in _HEAD_COUNTS if _is_size(fields.get(name))}
+    for name in _KV_HEAD_COUNTS:
+        if _is_size(fields.get(name)):
+            small[name] = few if fields[name] == heads else max(1, few // 2) if fields[name] > 1 else 1
+    small |= {name: 104 + 8 * i for i, name in enumerate(_FEED_FORWARD) if _is_size(fields.get(name))}
+    return small
+
+
+def _recurrence(fields: dict[str, Any]) -> dict[str, Any]:
+    """Heads of linear attention: one key head, and as many value heads to it as there were, at most two."""
+    keys, values = fields.get("linear_num_key_heads"), fields.get("linear_num_value_heads")
+    if not isinstance(keys, int) or not isinstance(values, int):
+        return {}
+    return {"linear_num_key_heads": 1, "linear_num_value_heads": min(2, values // keys)}
+
+
+def _state_space(fields: dict[str, Any]) -> dict[str, Any]:
+    """Heads of a state-space mixer, which must fill its widened stream; one group of them."""
+    small: dict[str, Any] = {name: 1 for name in ("mamba_n_groups", "n_groups", "mamba_ngroups") if name in fields}
+    width = _first(fields, _WIDTH)
+    for count, head_width, factor in (
+        ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+        ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+        ("num_heads", "head_dim", "expand"),
+    ):
+        if width and all(_is_size(fields.get(name)) for name in (count, head_width, factor)):
+            small[count] = max(1, fields[factor] * width // fields[head_width])
+    return small
+
+
+def _mixture(fields: dict[str, Any]) -> dict[str, Any]:
+    small: dict[str, Any] = {name: min(_EXPERTS, fields[name]) for name in _EXPERT_COUNTS if _is_size(fields.get(name))}
+    small |= {name: min(2, fields[name]) for name in _CHOSEN_EXPERTS if _is_size(fields.get(name))}
+    if _is_size(fields.get("n_group")):
+        small["n_group"] = min(2, fields["n_group"])
+        if _is_size(fields.get("topk_group")):
+            small["topk_group"] = min(fields["topk_group"], small["n_group"])
+    return small
+
+
+def _depth(fields: dict[str, Any]) -> dict[str, Any]:
+    """The shortest prefix of layers that has every kind of them, at most `_MOST_LAYERS`."""
+    depth = _first(fields, _LAYER_COUNTS)
+    if depth is None:
+        return {}
+    per_layer = {k: v for k, v in fields.items() if isinstance(v, list | tuple) and len(v) == depth}
+    n_layers = min(depth, _LAYERS)
+    for values in per_layer.values():
+        kinds = [str(value) for value in values]
+        if len(set(kinds)) <= _MOST_LAYERS:
+            n_layers = max(n_layers, *(kinds.index(kind) + 1 for kind in set(kinds)))
+    for name in _DENSE_FIRST:
+        if _is_size(fields.get(name)):
+            n_layers = max(n_layers, fields[name] + 1)
+    n_layers = min(n_layers, _MOST_LAYERS, depth)
+    small: dict[str, Any] = {name: min(n_layers, fields[name]) for name in _LAYER_COUNTS if _is_size(fields.get(name))}
+    return small | {name: type(values)(values[:n_layers]) for name, values in per_layer.items()}
+
+
+def _vocabulary(fields: dict[str, Any]) -> dict[str, Any]:
+    """A small vocabulary, with every special token in it; tokens that stand for images lie apart from the rest."""
+    small: dict[str, Any] = {k: VOCABULARY for k, v in fields.items() if "vocab_size" in k and _is_size(v) and v > 512}
+    for name, value in fields.items():
+        if not name.endswith(("token_id", "token_index")):
+            continue
+        if isinstance(value, list):
+            small[name] = 1
+        elif _is_size(value) and value >= VOCABULARY:
+            small[name] = 1 if name.startswith(("pad", "bos", "eos", "decoder_start")) else VOCABULARY - 1
+    return small

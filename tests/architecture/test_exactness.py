@@ -1,0 +1,146 @@
+"""Architectures that no table names: their writers are found by experiment, and an edit of their files is exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from abliterate.architecture.learn import learn_config
+from abliterate.architecture.stream import find_stream
+from abliterate.architecture.twin import build_twin, random_ids
+from abliterate.checkpoint import open_checkpoint
+from abliterate.edit.apply import EditRecord, apply_edit
+from abliterate.edit.plan import plan_edit
+from abliterate.edit.writers import residual_writers
+from abliterate.errors import UnsupportedError
+from abliterate.model.hooks import ablate
+from abliterate.model.load import ChatModel
+
+#: One of each layout: transposed, parallel, biased, learned positions, norm behind the embedding, experts in one
+#: piece (both axis orders) and one by one, state space, gain behind the writer, scaled stream.
+TYPES = ["gpt2", "gpt_neox", "falcon", "opt", "bloom", "gpt_oss", "mixtral", "mamba", "gemma2", "granite", "cohere"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random checkpoints in float32."""
+    found = {}
+    for kind in TYPES:
+        found[kind] = tmp_path_factory.mktemp(kind) / "model"
+        build_twin(CONFIG_MAPPING[kind]()).float().save_pretrained(found[kind])
+    return found
+
+
+def direction(folder: Path) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """A random unit vector as wide as the stream of the checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    writer = residual_writers(checkpoint)[0]
+    r = np.random.default_rng(5).normal(size=checkpoint.tensors[writer.tensor].shape[writer.axis])
+    return (r / np.linalg.norm(r)).astype(np.float32)
+
+
+def edit(folder: Path, out: Path) -> list[EditRecord]:
+    """Edit all writers of a checkpoint, from files to files."""
+    out.mkdir()
+    checkpoint = open_checkpoint(folder)
+    return apply_edit(checkpoint, plan_edit(checkpoint), direction(folder), out)
+
+
+def share(folder: Path, r: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
+    """The largest share of `r` in the stream of a real forward pass in plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    unit = torch.from_numpy(r).double()
+    with torch.no_grad():
+        states = find_stream(model).states()
+    assert len(states) >= 4
+    return max(float((h @ unit).abs().max() / h.norm(dim=-1).mean()) for h in states)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_edited_files_write_nothing_along_the_direction(
+    kind: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = checkpoints[kind]
+    records = edit(folder, tmp_path / "out")
+    r = direction(folder)
+    assert share(folder, r) > 1e-2
+    assert share(tmp_path / "out", r) < 1e-5
+    assert all(record.leak < 1e-5 and record.norm_removed > 0 for record in records)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_writer_is_needed(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = checkpoints[kind]
+    records = edit(folder, tmp_path / "out")
+    r = direction(folder)
+    kept = records[len(records) // 2].tensor
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(shard)
+    save_file(tensors | {kept: load_file(folder / shard.name)[kept]}, shard, {"format": "pt"})
+    assert share(tmp_path / "out", r) > 1e-4
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_hooks_compute_what_the_edited_files_compute(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = checkpoints[kind]
+    edit(folder, tmp_path / "out")
+    base, edited = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (folder, tmp_path / "out")
+    )
+    sites = plan_edit(open_checkpoint(folder)).sites
+    rows = torch.from_numpy(direction(folder))[None].expand(2, -1)
+    with torch.no_grad():
+        before, after = base(random_ids(), use_cache=False).logits, edited(random_ids(), use_cache=False).logits
+        with ablate(ChatModel(base, None), sites, rows):  # type: ignore[arg-type]  # nothing is chatted here
+            hooked = base(random_ids(), use_cache=False).logits
+    scale = before.abs().max()
+    assert (hooked - after).abs().max() < 1e-4 * scale < (before - after).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("bert", "normalise"), ("openai-gpt", "normalise"), ("opt-post-norm", "normalise")],
+)
+def test_streams_that_no_edit_can_clear_are_refused_by_name(kind: str, words: str) -> None:
+    config = CONFIG_MAPPING["opt"](do_layer_norm_before=False) if kind == "opt-post-norm" else CONFIG_MAPPING[kind]()
+    with pytest.raises(UnsupportedError, match=f"'{config.model_type}'.*{words}"):
+        learn_config(config)
+
+
+def test_experts_are_edited_on_their_own_axis_although_both_are_as_wide() -> None:
+    config = CONFIG_MAPPING["gpt_oss"](hidden_size=96, intermediate_size=96)
+    (experts,) = (w for w in learn_config(config).writers if w.tensor.endswith("experts.down_proj"))
+    assert experts.axis == 2
+
+
+def changed(folder: Path, out: Path, change: dict[str, torch.Tensor | None], **config: object) -> Path:
+    """A copy of a checkpoint with tensors added or (None) taken away."""
+    out.mkdir()
+    tensors = load_file(folder / "model.safetensors") | change
+    save_file({n: t for n, t in tensors.items() if t is not None}, out / "model.safetensors", {"format": "pt"})
+    value = json.loads((folder / "config.json").read_text()) | config
+    (out / "config.json").write_text(json.dumps(value))
+    return out
+
+
+def test_names_that_are_not_the_class_s_own_are_refused_or_left_alone(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, block = checkpoints["mixtral"], "model.layers.1."
+    names = load_file(folder / "model.safetensors")
+    expert = f"{block}block_sparse_moe.experts.1.w2.weight"
+    odd = changed(folder, tmp_path / "odd", {f"{block}adapter.up.weight": torch.zeros(4, 4)})
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.adapter\.up\.weight"):
+        residual_writers(open_checkpoint(odd))
+    every = {n: None for n in names if n.startswith(f"{block}block_sparse_moe.experts.") and n.endswith("w2.weight")}
+    with pytest.raises(UnsupportedError, match=r"missing.*layers\.1\..*w2\.weight"):
+        residual_writers(open_checkpoint(changed(folder, tmp_path / "lacking", every)))
+    ahead = {f"model.layers.{len(names)}.mtp.weight": torch.zeros(4, 4), "vision.patch.weight": torch.zeros(4, 4)}
+    found = residual_writers(open_checkpoint(changed(folder, tmp_path / "ahead", ahead)))
+    assert expert in {w.tensor for w in found} and not ahead.keys() & {w.tensor for w in found}
