@@ -17,6 +17,8 @@ from abliterate.architecture.stream import BlockCall, Stream, find_stream
 
 #: Relative: norms compute in float32 even in a float64 model, so exact experiments end near 1e-7.
 TOLERANCE = 1e-5
+#: The same for a model that computes in float32 throughout.
+COARSE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,7 @@ class _Search:
 
     def __init__(self, run: Callable[[], torch.Tensor], parameters: dict[str, torch.nn.Parameter], r: torch.Tensor):
         self.run, self.parameters, self.r = run, parameters, r
+        self.tolerance = TOLERANCE if any(p.dtype == torch.float64 for p in parameters.values()) else COARSE
         width = len(r)
         self.candidates = [(n, a) for n, p in parameters.items() for a, size in enumerate(p.shape) if size == width]
         self.candidates.sort(key=lambda c: -parameters[c[0]].ndim)
@@ -217,7 +220,7 @@ class _Search:
             return None
         for gain, d in self._hypotheses():
             after = ((self._with(silent | {name: project(weight, axis, d)}) - base) @ self.r).abs().max()
-            if bool(after <= TOLERANCE * before):
+            if bool(after <= self.tolerance * before):
                 return (gain,)
         return None
 
@@ -242,4 +245,4 @@ class _Search:
             if name != without
         }
         before, after = (self._with({}) @ self.r).abs().max(), (self._with(edits) @ self.r).abs().max()
-        return bool(after <= 1e-4 * before)
+        return bool(after <= 10 * self.tolerance * before)

@@ -38,9 +38,9 @@ class BlockCall:
         """The block's output for another stream and otherwise the same arguments, in float64."""
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(self.stream, int):
-            args[self.stream] = hidden
+            args[self.stream] = hidden.to(args[self.stream].dtype)
         else:
-            kwargs[self.stream] = hidden
+            kwargs[self.stream] = hidden.to(kwargs[self.stream].dtype)
         return hidden_states(self.block(*args, **kwargs)).double()
 
 

@@ -53,7 +53,9 @@ _EXPLICIT_HEADS = ("head_dim", "v_head_dim", "qk_nope_head_dim")
 
 
 def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
-    """A runnable model of the class that `config` names, in float64 on the CPU, with random weights.
+    """A runnable model of the class that `config` names, on the CPU, with random weights.
+
+    In float64, or in float32 where the class does not compute in that.
 
     Layers are cut to the shortest prefix that has every kind of layer, other sizes to a few units; everything
     else (norms, biases, activations, flags) is as configured.
@@ -64,18 +66,19 @@ def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
     text = vars(config.get_text_config(decoder=True))
     explicit = any(_is_size(text.get(name)) for name in _EXPLICIT_HEADS)
     reasons = []
-    for heads, tied_to_heads in itertools.product(_HEADS, (False, True) if explicit else (True, False)):
-        made = _attempt(shrink(config, heads, tied_to_heads))
+    forms = (torch.float64, torch.float32), _HEADS, (False, True) if explicit else (True, False)
+    for dtype, heads, tied_to_heads in itertools.product(*forms):
+        made = _attempt(shrink(config, heads, tied_to_heads), dtype)
         if not isinstance(made, str):
             return made
         reasons.append(made)
     raise UnsupportedError(f"architecture '{config.model_type}': no small model of it runs ({reasons[0]})")
 
 
-def _attempt(config: PreTrainedConfig) -> PreTrainedModel | str:
+def _attempt(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel | str:
     """The model of a shrunken configuration, or why it does not run."""
     try:
-        return _runnable(config)
+        return _runnable(config, dtype)
     # The model classes of all of transformers are behind this call, and what each of them raises on a size it does
     # not like is not known; the reason is kept and given where no form runs.
     except _REFUSALS as error:
@@ -94,7 +97,7 @@ def shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool) -> PreTrai
     return small
 
 
-def _runnable(config: PreTrainedConfig) -> PreTrainedModel:
+def _runnable(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     auto: Any = (
         AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
     )
@@ -107,7 +110,7 @@ def _runnable(config: PreTrainedConfig) -> PreTrainedModel:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         model: PreTrainedModel = auto.from_config(
-            config, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+            config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
         ).eval()
         model.requires_grad_(False)
         _randomise(model)
