@@ -155,8 +155,8 @@ def test_rows_carry_directions_of_their_own(tiny: Tiny) -> None:
         WriterSite(layer, module, norm, 1.0)
         for layer in range(3)
         for module, norm in (
-            ("self_attn.o_proj", "post_attention_layernorm"),
-            ("mlp.down_proj", "post_feedforward_layernorm"),
+            ("self_attn.o_proj", "post_attention_layernorm.weight"),
+            ("mlp.down_proj", "post_feedforward_layernorm.weight"),
         )
     ]
     batch = pad_left(model, model.chat.encode(PROMPTS.prompts))
