@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from abliterate.architecture.learn import learn_config
 from abliterate.architecture.stream import find_stream
-from abliterate.architecture.twin import build_twin, random_ids
+from abliterate.architecture.twin import build_twin, random_ids, shrink
 from abliterate.checkpoint import open_checkpoint
 from abliterate.edit.apply import EditRecord, apply_edit
 from abliterate.edit.plan import plan_edit
@@ -144,3 +144,12 @@ def test_names_that_are_not_the_class_s_own_are_refused_or_left_alone(
     ahead = {f"model.layers.{len(names)}.mtp.weight": torch.zeros(4, 4), "vision.patch.weight": torch.zeros(4, 4)}
     found = residual_writers(open_checkpoint(changed(folder, tmp_path / "ahead", ahead)))
     assert expert in {w.tensor for w in found} and not ahead.keys() & {w.tensor for w in found}
+
+
+def test_what_is_set_apart_for_layers_that_a_twin_lacks_goes_with_them(tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["gemma4_text"]()
+    assert max(map(int, config.to_dict()["per_layer_config"])) >= 8
+    shrink(config, 2, tied_to_heads=False).save_pretrained(tmp_path)
+    small = AutoConfig.from_pretrained(tmp_path)
+    layers = {int(layer) for layer in small.to_dict()["per_layer_config"]}
+    assert layers and max(layers) < small.num_hidden_layers <= 8

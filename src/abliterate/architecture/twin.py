@@ -75,6 +75,16 @@ def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
     raise UnsupportedError(f"architecture '{config.model_type}': no small model of it runs ({reasons[0]})")
 
 
+def _drop_lost_layers(fields: dict[str, Any]) -> bool:
+    """Take out, in place, what is set apart for layers that the twin does not have; whether there was any."""
+    dropped = [_drop_lost_layers(value) for value in fields.values() if isinstance(value, dict)]
+    layers, depth = fields.get("per_layer_config"), _first(fields, _LAYER_COUNTS)
+    if not isinstance(layers, dict) or depth is None:
+        return any(dropped)
+    fields["per_layer_config"] = {layer: value for layer, value in layers.items() if int(layer) < depth}
+    return True
+
+
 def _attempt(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel | str:
     """The model of a shrunken configuration, or why it does not run."""
     try:
@@ -94,7 +104,8 @@ def shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool) -> PreTrai
     """A copy of `config` with small sizes; `tied_to_heads` keeps `d_model = heads x head width`."""
     small = copy.deepcopy(config)
     _shrink(small, heads, tied_to_heads)
-    return small
+    fields = small.to_dict()
+    return type(small).from_dict(fields) if _drop_lost_layers(fields) else small
 
 
 def _runnable(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
