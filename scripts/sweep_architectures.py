@@ -106,9 +106,8 @@ def sweep_one(kind: str) -> Result:
 
 def _share(model_class: Any, folder: Path, r: np.ndarray[Any, Any]) -> float:
     model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    unit = torch.from_numpy(r).double()
     with torch.no_grad():
-        return max(float((h @ unit).abs().max() / h.norm(dim=-1).mean()) for h in find_stream(model).states())
+        return find_stream(model).share(torch.from_numpy(r))
 
 
 def _reason(error: Exception) -> str:

@@ -55,11 +55,10 @@ def edit(folder: Path, out: Path) -> list[EditRecord]:
 def share(folder: Path, r: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
     """The largest share of `r` in the stream of a real forward pass in plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    unit = torch.from_numpy(r).double()
     with torch.no_grad():
-        states = find_stream(model).states()
-    assert len(states) >= 4
-    return max(float((h @ unit).abs().max() / h.norm(dim=-1).mean()) for h in states)
+        stream = find_stream(model)
+        assert len(stream.states()) >= 4
+        return stream.share(torch.from_numpy(r))
 
 
 @pytest.mark.parametrize("kind", TYPES)

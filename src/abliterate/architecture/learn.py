@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from abliterate.architecture.patterns import Architecture, Gain, WriterPattern, merge
-from abliterate.architecture.probe import Finding, Writer, direction_behind, probe
-from abliterate.architecture.stream import hidden_states
+from abliterate.architecture.probe import Finding, Writer, probe, random_unit, removed_from
 from abliterate.architecture.trace import Trace, trace
 from abliterate.architecture.twin import build_twin, random_ids
 from abliterate.errors import UnsupportedError
+from abliterate.model.hooks import hidden_states
 
 #: How far ablation by hooks may be from the edited weights: norms compute in float32.
 _SAME = 1e-5
@@ -134,15 +134,11 @@ def _size(output: Any) -> int:
 def _require_same(finding: Finding, paths: list[str]) -> None:
     """Check that hooks at the sites take the direction out as the edited weights do."""
     model, stream = finding.stream.model, finding.stream
-    r = torch.randn(stream.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    r /= r.norm()
+    r = random_unit(stream.d_model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     handles = []
     for writer, path in zip(finding.writers, paths, strict=True):
-        d = r
-        if writer.gain is not None:
-            gain = parameters[writer.gain.parameter].double() + writer.gain.offset if writer.gain.parameter else 1.0
-            d = direction_behind(r, gain, writer.gain.centred)
+        d = removed_from(parameters, writer, r)
 
         def hook(_m: nn.Module, _a: Any, output: Any, d: torch.Tensor = d) -> Any:
             y = hidden_states(output)
@@ -151,7 +147,7 @@ def _require_same(finding: Finding, paths: list[str]) -> None:
 
         handles.append(model.get_submodule(path).register_forward_hook(hook))
     with torch.no_grad():
-        left = max(float((h @ r).abs().max() / h.norm(dim=-1).mean()) for h in stream.states())
+        left = stream.share(r)
     for handle in handles:
         handle.remove()
     if left > _SAME:

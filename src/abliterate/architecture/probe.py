@@ -66,21 +66,21 @@ def probe(model: PreTrainedModel) -> Finding:
     """
     with torch.no_grad():
         stream = find_stream(model)
-        r = _random_unit(stream.d_model)
+        r = random_unit(stream.d_model)
         writers: list[Writer] = []
         for layer, call in stream.calls.items():
             why = _stream_is_changed(call)
             if why is not None:
-                return Finding(stream, (), _share(stream, r), _share(stream, r), why)
+                return Finding(stream, (), stream.share(r), stream.share(r), why)
             writers += _of_block(stream, layer, call, r)
         inner = f"{stream.path}."
         outside = {n: p for n, p in model.named_parameters() if not n.startswith(inner)}
         writers += [Writer(n, axis, None, gain) for n, (axis, gain) in _Search(stream.embed, outside, r).find().items()]
-        before = _share(stream, r)
+        before = stream.share(r)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         edits = {w.parameter: _edited(parameters, w, r) for w in writers}
         with _replaced(parameters, edits):
-            after = _share(stream, r)
+            after = stream.share(r)
     refused = None if after <= TOLERANCE and after < 1e-3 * before else "some of what reaches the stream has no writer"
     return Finding(stream, tuple(writers), before, after, refused)
 
@@ -93,6 +93,14 @@ def direction_behind(r: torch.Tensor, gain: torch.Tensor | float, centred: bool)
     return unit
 
 
+def removed_from(parameters: dict[str, torch.nn.Parameter], writer: Writer, r: torch.Tensor) -> torch.Tensor:
+    """What to remove from a writer so that `r` does not reach the stream, `[d_model]`."""
+    if writer.gain is None:
+        return r
+    gain = parameters[writer.gain.parameter].double() + writer.gain.offset if writer.gain.parameter else 1.0
+    return direction_behind(r, gain, writer.gain.centred)
+
+
 def project(weight: torch.Tensor, axis: int, d: torch.Tensor) -> torch.Tensor:
     """`W − d (dᵀ W)` along `axis`."""
     last = weight.movedim(axis, -1)
@@ -100,15 +108,11 @@ def project(weight: torch.Tensor, axis: int, d: torch.Tensor) -> torch.Tensor:
     return (last - (last @ d)[..., None] * d).movedim(-1, axis)
 
 
-def _random_unit(width: int) -> torch.Tensor:
+def random_unit(width: int) -> torch.Tensor:
+    """A random direction, the same at every call."""
     r = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     unit: torch.Tensor = r / r.norm()
     return unit
-
-
-def _share(stream: Stream, r: torch.Tensor) -> float:
-    """The largest component along `r` of any token's stream, relative to the mean norm there."""
-    return max(float((h @ r).abs().max() / h.norm(dim=-1).mean()) for h in stream.states())
 
 
 def _of_block(stream: Stream, layer: int, call: BlockCall, r: torch.Tensor) -> list[Writer]:
@@ -155,11 +159,7 @@ def _replaced(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch
 
 
 def _edited(parameters: dict[str, torch.nn.Parameter], writer: Writer, r: torch.Tensor) -> torch.Tensor:
-    d = r
-    if writer.gain is not None:
-        gain = parameters[writer.gain.parameter].double() + writer.gain.offset if writer.gain.parameter else 1.0
-        d = direction_behind(r, gain, writer.gain.centred)
-    return project(parameters[writer.parameter].data, writer.axis, d)
+    return project(parameters[writer.parameter].data, writer.axis, removed_from(parameters, writer, r))
 
 
 class _Search:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from abliterate.architecture.twin import random_ids
 from abliterate.errors import UnsupportedError
+from abliterate.model.hooks import hidden_states
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,14 @@ class Stream:
             found += [BlockCall(call.block, args, kwargs, call.stream).hidden, hidden_states(output).double()]
         return found
 
+    def share(self, r: torch.Tensor) -> float:
+        """The largest component along `r` of any token's stream in a forward pass, relative to the mean norm there."""
+        unit = r.double()
+        return max(float((h @ unit).abs().max() / h.norm(dim=-1).mean()) for h in self.states())
+
 
 class _StopForward(Exception):
     """Raised to leave a forward pass at the first block."""
-
-
-def hidden_states(output: Any) -> torch.Tensor:
-    """A block's hidden states; some classes return them first in a tuple."""
-    value = output[0] if isinstance(output, tuple | list) else output
-    assert isinstance(value, torch.Tensor)
-    return value
 
 
 def find_stream(model: PreTrainedModel) -> Stream:

@@ -24,7 +24,7 @@ def record_resid_post(model: ChatModel, on_block: Callable[[int, torch.Tensor], 
         for layer, block in enumerate(model.blocks):
 
             def hook(_module: nn.Module, _args: Any, output: Any, layer: int = layer) -> None:
-                on_block(layer, _hidden(output))
+                on_block(layer, hidden_states(output))
 
             stack.callback(block.register_forward_hook(hook).remove)
         yield
@@ -54,7 +54,7 @@ def ablate(
             d = nn.functional.normalize(behind, dim=-1)[:, None, :]
 
             def project(output: Any, d: torch.Tensor = d) -> Any:
-                y = _hidden(output)
+                y = hidden_states(output)
                 # Mixtures of experts write [rows x tokens, d_model]: a view by rows gives each its own direction.
                 wide = (y.reshape(len(d), -1, y.shape[-1]) if y.ndim == 2 and len(d) > 1 else y).float()
                 left = (wide - (strength * (wide * d).sum(-1, keepdim=True)) * d).to(y.dtype)
@@ -79,7 +79,7 @@ def add_vectors(model: ChatModel, layers: Sequence[int], vectors: torch.Tensor) 
             shift = (vectors * (where == layer)[:, None])[:, None, :]
 
             def hook(_module: nn.Module, _args: Any, output: Any, shift: torch.Tensor = shift) -> Any:
-                hidden = _hidden(output)
+                hidden = hidden_states(output)
                 shifted = (hidden.float() + shift).to(hidden.dtype)
                 return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
 
@@ -99,8 +99,8 @@ def site_modules(model: ChatModel, site: WriterSite) -> tuple[nn.Module, torch.T
     return module, None if site.gain is None else root.get_parameter(site.gain).float() + site.gain_offset
 
 
-def _hidden(output: Any) -> torch.Tensor:
+def hidden_states(output: Any) -> torch.Tensor:
     """A block's hidden states; some classes return them first in a tuple."""
-    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden
