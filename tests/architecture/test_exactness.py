@@ -21,6 +21,7 @@ from abliterate.edit.writers import residual_writers
 from abliterate.errors import UnsupportedError
 from abliterate.model.hooks import ablate
 from abliterate.model.load import ChatModel
+from abliterate.model.sites import WriterSite
 
 #: One of each layout: transposed, parallel, biased, learned positions, norm behind the embedding, experts in one
 #: piece (both axis orders) and one by one, state space, gain behind the writer, scaled stream.
@@ -152,3 +153,21 @@ def test_what_is_set_apart_for_layers_that_a_twin_lacks_goes_with_them(tmp_path:
     small = AutoConfig.from_pretrained(tmp_path)
     layers = {int(layer) for layer in small.to_dict()["per_layer_config"]}
     assert layers and max(layers) < small.num_hidden_layers <= 8
+
+
+def test_positions_that_all_rows_share_lose_each_row_s_own_direction() -> None:
+    class Positions(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = torch.nn.Embedding(4, 8)
+
+    torch.manual_seed(0)
+    model, directions = Positions(), torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)
+    site = WriterSite(None, "positions")
+    with torch.no_grad(), ablate(ChatModel(model, None), [site], directions):  # type: ignore[arg-type]
+        written = model.positions(torch.arange(4))
+    assert written.shape == (2, 4, 8)
+    assert torch.einsum("btd,bd->bt", written, directions).abs().max() < 1e-6
+    assert torch.einsum("btd,bd->bt", written, directions.flip(0)).abs().max() > 1e-2

@@ -53,12 +53,14 @@ def ablate(
             behind = behind - behind.mean(-1, keepdim=True) if site.centred else behind
             d = nn.functional.normalize(behind, dim=-1)[:, None, :]
 
-            def project(output: Any, d: torch.Tensor = d) -> Any:
+            def project(output: Any, d: torch.Tensor = d, flat: bool = site.layer is not None) -> Any:
                 y = hidden_states(output)
                 # Mixtures of experts write [rows x tokens, d_model]: a view by rows gives each its own direction.
-                wide = (y.reshape(len(d), -1, y.shape[-1]) if y.ndim == 2 and len(d) > 1 else y).float()
+                # Outside the blocks two axes are [tokens, d_model], the same for all rows.
+                flat = flat and y.ndim == 2
+                wide = (y.reshape(len(d), -1, y.shape[-1]) if flat else y).float()
                 left = (wide - (strength * (wide * d).sum(-1, keepdim=True)) * d).to(y.dtype)
-                left = left.reshape(y.shape) if y.ndim == 2 else left
+                left = left.reshape(y.shape) if flat else left
                 return (left, *output[1:]) if isinstance(output, tuple) else left
 
             if site.module == "head":  # (W − s·W r̂ r̂ᵀ) h = W (h − s·r̂ r̂ᵀ h): the head's own input loses it
