@@ -9,6 +9,7 @@ is the leak. A type is exact at 1e-5 or less; a leak above that which was not re
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from abliterate.edit.plan import plan_edit
 from abliterate.errors import AbliterateError
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
-EXACT, SECONDS = 1e-5, 180
+EXACT, SECONDS, MEMORY = 1e-5, 180, 9 << 30
 _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12],
                                 "partial_rotary_factor": 0.5}}  # fmt: skip
 #: What a default configuration leaves open although its model needs it; released checkpoints set it.
@@ -125,7 +126,16 @@ def guarded(kind: str) -> Result:
     signal.alarm(SECONDS)
     try:
         return sweep_one(kind)
-    except (ValueError, TypeError, AttributeError, LookupError, ImportError, RuntimeError, OSError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ImportError,
+        RuntimeError,
+        OSError,
+        MemoryError,
+    ) as error:
         return Result(kind, "not built", why=f"{type(error).__name__}: {_reason(error)}".splitlines()[0])
     finally:
         signal.alarm(0)
@@ -149,7 +159,8 @@ def page(results: list[Result]) -> str:
 
 
 def _quietly_on_one_thread() -> None:
-    """Prepare a worker: operations on a twin are too small to share."""
+    """Prepare a worker: operations on a twin are too small to share, and one type must not take the others' memory."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -51,14 +51,10 @@ class Observation:
         names = {f.name for f in fields(cls)}
         if not isinstance(value, dict) or value.keys() != names:
             raise ValueError(f"expected {', '.join(sorted(names))}")
-        lists, numbers = (
-            [value[n] for n in names - {"refused", "asked"}],
-            [value["refused"], value["asked"]],
-        )
-        if not all(isinstance(v, list) and all(isinstance(i, int) for i in v) for v in lists):
-            raise ValueError("expected lists of indices")
-        if not all(isinstance(v, int) for v in numbers):
-            raise ValueError("expected counts")
+        for name, found in value.items():
+            numbers = [found] if name in ("refused", "asked") else found
+            if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
+                raise ValueError(f"'{name}' is damaged")
         return cls(**value)
 
     @property

@@ -180,7 +180,7 @@ class _Run:
         resolved = asdict(self.options) | {
             "device": str(device),
             "dtype": str(pick_dtype(self.options.dtype, device)).removeprefix("torch."),
-            "n_layers": self.plan.n_layers,
+            "n_layers": self.checkpoint.n_layers,
         }
         return RunRecord(
             model=self.name,

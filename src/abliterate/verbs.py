@@ -145,7 +145,7 @@ def edit(
         hub_id=hub_name(model),
         model_fingerprint=checkpoint.fingerprint,
         given={"model": model, "direction": str(direction), "output": str(output), **options},
-        resolved=asdict(chosen) | {"n_layers": plan.n_layers},
+        resolved=asdict(chosen) | {"n_layers": checkpoint.n_layers},
         direction=found.where,
         edits=edits,
         kept=plan.kept,

@@ -7,7 +7,7 @@ same edit can be made at run time. Never reads a real checkpoint's weights.
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,18 @@ from abliterate.model.hooks import hidden_states
 _SAME = 1e-5
 
 
-@cache
 def learn(folder: Path) -> Architecture:
     """The architecture that the config.json in `folder` describes, by experiments on a shrunken twin of it.
 
     Raises:
         UnsupportedError: transformers does not know it, or no edit of its weights can be exact; says why.
     """
+    return _learned(folder, (folder / "config.json").read_bytes())
+
+
+@lru_cache(maxsize=8)
+def _learned(folder: Path, _config: bytes) -> Architecture:
+    """What is known for as long as the folder's configuration stays as it is."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
@@ -115,7 +120,9 @@ def _sites(finding: Finding) -> list[str]:
     found = []
     for writer in finding.writers:
         path, block = writer.parameter.rpartition(".")[0], f"{stream.path}.{writer.layer}"
-        while path not in ("", block) and sizes.get(path, 0) not in (full, full // random_ids().shape[0]):
+        # Embeddings of positions are the same for all rows of a batch, and may be computed once for them.
+        wanted = (full,) if writer.layer is not None else (full, full // random_ids().shape[0])
+        while path not in ("", block) and sizes.get(path, 0) not in wanted:
             path = path.rpartition(".")[0]
         if path in ("", block):
             raise UnsupportedError(f"no module of its own carries what '{writer.parameter}' writes")

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=args)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except AbliterateError as error:
         print(f"error: {error}", file=sys.stderr)

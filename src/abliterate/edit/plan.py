@@ -27,11 +27,6 @@ class EditPlan:
     source: str
 
     @property
-    def n_layers(self) -> int:
-        """Number of layers that write to the stream."""
-        return 1 + max(w.layer for w in self.writers if w.layer is not None)
-
-    @property
     def sites(self) -> list[WriterSite]:
         """The same edit as places to hook in the running model, one for each module."""
         sites = (WriterSite(w.layer, w.module, w.gain_parameter, w.gain_offset, w.centred) for w in self.writers)

@@ -44,10 +44,6 @@ class ChatFormat:
                 f"{self.name}: the chat template cannot be rendered ({error}){hint}; --chat-template FILE gives another"
             ) from None
         assert isinstance(text, str)
-        if prompt.strip() not in text:
-            raise UnsupportedError(
-                f"{self.name}: the chat template leaves out the request; --chat-template FILE gives another"
-            )
         if self.system_prompt is not None and self.system_prompt.strip() not in text:
             raise UnsupportedError(f"{self.name}: the chat template ignores the system prompt; drop --system-prompt")
         return text
@@ -64,8 +60,16 @@ class ChatFormat:
         return rows
 
     def tail(self) -> list[int]:
-        """The tokens after the instruction: the longest ending that all renderings share, at least one."""
+        """The tokens after the instruction: the longest ending that all renderings share, at least one.
+
+        Raises:
+            UnsupportedError: all requests render alike.
+        """
         rows = self.encode(_PROBES)
+        if all(row == rows[0] for row in rows):
+            raise UnsupportedError(
+                f"{self.name}: the chat template leaves out the request; --chat-template FILE gives another"
+            )
         length = 0
         while length < min(map(len, rows)) and len({row[-1 - length] for row in rows}) == 1:
             length += 1
