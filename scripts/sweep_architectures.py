@@ -9,12 +9,15 @@ is the leak. A type is exact at 1e-5 or less; a leak above that which was not re
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import resource
 import signal
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -158,6 +161,15 @@ def page(results: list[Result]) -> str:
     )
 
 
+def alone(kind: str) -> Result:
+    """One type in a process of its own, so that a process that dies takes only its own row along."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), _quietly_on_one_thread) as worker:
+        try:
+            return worker.submit(guarded, kind).result()
+        except BrokenProcessPool:
+            return Result(kind, "not built", why=f"its process was ended, perhaps beyond {MEMORY >> 30} GiB")
+
+
 def _quietly_on_one_thread() -> None:
     """Prepare a worker: operations on a twin are too small to share, and one type must not take the others' memory."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -169,8 +181,9 @@ def _quietly_on_one_thread() -> None:
 def main() -> None:
     """Sweep the types named, or all of them and write the page."""
     results = []
-    with ProcessPoolExecutor(initializer=_quietly_on_one_thread) as workers:
-        for result in workers.map(guarded, sys.argv[1:] or kinds()):
+    multiprocessing.set_forkserver_preload(["__main__"])
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        for result in workers.map(alone, sys.argv[1:] or kinds()):
             results.append(result)
             print(result.row, flush=True)
     if not sys.argv[1:]:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import abliterate
 from abliterate import steps, verbs
+from abliterate.at_rest import find_model
 from abliterate.checkpoint import open_checkpoint
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
@@ -74,13 +75,19 @@ def test_a_folder_in_the_way_is_never_deleted(verb: str, refusing: Refusing, tmp
     assert mine.read_text() == "mine"
 
 
-def test_what_a_killed_edit_left_makes_room_for_the_next(refusing: Refusing, tmp_path: Path) -> None:
+def test_what_a_killed_edit_left_is_named_with_the_way_on(refusing: Refusing, tmp_path: Path) -> None:
     left = tmp_path / "out.partial" / "abliteration" / "steps"
     left.mkdir(parents=True)
     (left / "settings.json").write_text("{}")
     (tmp_path / "out.partial" / "model.safetensors").write_text("half")
-    verbs.edit(str(refusing.folder), direction_file(tmp_path / "d.safetensors", 64), tmp_path / "out")
-    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out" / "model.safetensors").exists()
+    found = direction_file(tmp_path / "d.safetensors", 64)
+    with pytest.raises(UsageError, match="--resume"):
+        verbs.edit(str(refusing.folder), found, tmp_path / "out")
+    with pytest.raises(UsageError, match="other settings"):
+        verbs.edit(str(refusing.folder), found, tmp_path / "out", resume=True)
+    shutil.rmtree(tmp_path / "out.partial")
+    verbs.edit(str(refusing.folder), found, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists() and (tmp_path / "out" / "config.json").exists()
 
 
 def test_outputs_that_cannot_be_made_are_named_before_the_work(refusing: Refusing, tmp_path: Path) -> None:
@@ -304,11 +311,11 @@ def said(record: RunRecord, tmp_path: Path) -> tuple[str, str]:
 
 def test_broken_answers_and_failed_bounds_are_said(refusing: Refusing, tmp_path: Path) -> None:
     record = abliterate.run(str(refusing.folder), tmp_path / "out", **(refusing.options | {"layer": 0, "strength": 4}))
-    record.verdicts["edited"]["harmless"] = {"broken": 9, "compliance": 1}
+    record.verdicts["edited"] = {"harmful": {"refusal": 4}, "harmless": {"broken": 9, "compliance": 1}}
     record.direction["scores"]["kl"] = 15.3
     terminal, card = said(record, tmp_path)
     n = sum(record.verdicts["base"]["harmful"].values()) + sum(record.verdicts["base"]["harmless"].values())
-    assert f" of {n} → 9 of" in terminal.replace("\n", " ") or "→ 9 of" in terminal
+    assert f"of {n} → 9 of 14" in terminal.replace("\n", " ")
     assert "KL 15.300 is above --max-kl" in terminal.replace("\n", " ")
     assert "Broken answers" in card and "→ 9 of" in card
 
@@ -344,4 +351,4 @@ def test_one_prompt_gets_no_interval() -> None:
 
 def test_an_empty_model_name_is_not_the_current_folder() -> None:
     with pytest.raises(AbliterateError, match="empty"):
-        steps.find_model("")
+        find_model("")

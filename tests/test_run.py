@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import abliterate
-from abliterate import steps
+from abliterate import pipeline, steps
 from abliterate.checkpoint import open_checkpoint
 from abliterate.direction.direction import Direction
 from abliterate.errors import (
@@ -99,8 +99,8 @@ def test_the_result_is_a_complete_checkpoint_of_the_same_layout(
 ) -> None:
     _, out = finished
     before, after = contents(refusing.folder), contents(out)
-    extra = {"README.md", "abliteration/run.json", "abliteration/directions.safetensors"}
-    assert set(after) == set(before) | extra
+    extra = {"README.md", "abliteration/run.json", "abliteration/directions.safetensors", "abliteration/undo.json"}
+    assert {name for name in after if not name.startswith("abliteration/undo/")} == set(before) | extra
     assert all(after[name] == h for name, h in before.items() if not name.endswith(".safetensors"))
     assert len([name for name in after if name.startswith("model-")]) > 1
     assert open_checkpoint(out).tensors == open_checkpoint(refusing.folder).tensors
@@ -119,7 +119,7 @@ def test_a_second_run_gives_the_same_bytes(
     assert weights(tmp_path / "out") == weights(finished[1])
 
 
-@pytest.mark.parametrize("step", ["observe", "collect_both", "select", "edit", "compare"])
+@pytest.mark.parametrize("step", ["observe", "collect_both", "select", "write_edited", "compare"])
 def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(
     step: str, finished: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +128,7 @@ def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(steps, step, stop)
+        patch.setattr(pipeline if step == "write_edited" else steps, step, stop)
         with pytest.raises(KeyboardInterrupt):
             abliterate.run(str(refusing.folder), out, **refusing.options)
     assert not out.exists() and (tmp_path / "out.partial").is_dir()
@@ -149,7 +149,7 @@ def test_a_resumed_run_does_not_repeat_finished_steps(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "edit", stop)
+        patch.setattr(pipeline, "write_edited", stop)
         with pytest.raises(KeyboardInterrupt):
             abliterate.run(str(refusing.folder), tmp_path / "out", **refusing.options)
     with monkeypatch.context() as patch:
@@ -164,9 +164,9 @@ def test_a_kill_while_weights_are_written_leaves_no_output(
 ) -> None:
     out = tmp_path / "out"
     slow = (
-        "import sys, time; from abliterate.edit import apply; keep = apply.write_rows\n"
+        "import sys, time; from abliterate.checkpoint.matrix import Matrix; keep = Matrix.write\n"
         "def slow(*a): time.sleep(0.2); return keep(*a)\n"
-        "apply.write_rows = slow\n"
+        "Matrix.write = slow\n"
         "from abliterate.cli.main import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, "run", str(refusing.folder), "-o", str(out), *refusing.arguments]
@@ -190,7 +190,7 @@ def test_editing_a_result_again_keeps_both_records(
     abliterate.run(str(finished[1]), out, force=True, evaluate=False, **refusing.options)
     first = (finished[1] / "abliteration" / "run.json").read_bytes()
     assert (out / "abliteration" / "base" / "run.json").read_bytes() == first
-    assert (out / "abliteration" / "base-README.md").read_bytes() == (finished[1] / "README.md").read_bytes()
+    assert (out / "abliteration" / "base-files" / "README.md").read_bytes() == (finished[1] / "README.md").read_bytes()
     assert (out / "abliteration" / "run.json").read_bytes() != first
 
 

@@ -25,7 +25,9 @@ class Options:
     position: int | None = None
     strength: float = 1.0
     max_kl: float = 0.2
-    embeddings: Literal["edit", "keep"] = "edit"
+    embeddings: Literal["edit", "keep", "untie"] = "edit"
+    keep_norms: bool = False
+    undo: bool = True
     device: str | None = None
     dtype: str | None = None
     batch_size: int = 64
@@ -48,7 +50,9 @@ class Options:
             raise UsageError(f"--position {self.position}: positions are negative, -1 is the prompt's last token")
         if not self.max_kl > 0:
             raise UsageError(f"--max-kl {self.max_kl:g}: expected a positive number of nats")
-        if not 0 <= self.strength <= 4:
-            raise UsageError(f"--strength {self.strength:g}: expected 0 to 4 (1 removes the direction, 2 reflects)")
-        if self.embeddings not in ("edit", "keep"):
-            raise UsageError(f"--embeddings {self.embeddings}: expected edit or keep")
+        if not -4 <= self.strength <= 4:
+            raise UsageError(
+                f"--strength {self.strength:g}: expected -4 to 4 (1 removes the direction, 2 reflects, -1 doubles it)"
+            )
+        if self.embeddings not in ("edit", "keep", "untie"):
+            raise UsageError(f"--embeddings {self.embeddings}: expected edit, keep or untie")

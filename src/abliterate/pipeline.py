@@ -13,8 +13,8 @@ from typing import Any
 
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
+from abliterate.at_rest import find_model, finish, require_room, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
-from abliterate.checkpoint.stream import require_disk
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import EditPlan, plan_edit
 from abliterate.errors import AbliterateError
@@ -23,7 +23,6 @@ from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options
 from abliterate.prompts import Splits
-from abliterate.report.card import write_card
 from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output
 
@@ -42,7 +41,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     chosen.check()
     check_output(out, None)
     harmful, harmless = step.prompt_splits(chosen)
-    source = step.find_model(model)
+    source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     plan = plan_edit(checkpoint, chosen.embeddings)
@@ -52,14 +51,14 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
     # Going on after "there is no refusal", or without the comparison, is a resume like any other.
     del settings["force"], settings["evaluate"]
-    work = Workspace(out, source, settings, resume)
-    this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, steps)
-    try:
-        record = this.record({"model": model, "output": str(output), "resume": resume, **options})
-    except AbliterateError:
-        work.discard_if_new()
-        raise
-    finish(work, record)
+    with Workspace(out, source, settings, resume) as work:
+        this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, steps)
+        try:
+            record = this.record({"model": model, "output": str(output), "resume": resume, **options})
+        except AbliterateError:
+            work.discard_if_new()
+            raise
+        finish(work, record)
     return record
 
 
@@ -144,13 +143,13 @@ class _Run:
 
     def edit(self, direction: Direction) -> list[dict[str, Any]]:
         """Steps 3 and 4."""
-        strength, out, resumed = self.options.strength, self.work.folder, self.work.done("edit")
+        resumed = self.work.done("edit")
         edits: list[dict[str, Any]] = self.step(
-            "edit", lambda: step.edit(self.checkpoint, self.plan, direction, out, strength, self.steps)
+            "edit", lambda: write_edited(self.checkpoint, self.plan, direction, self.work, self.options, self.steps)
         )
         if resumed:
             try:
-                step.check_edited(out, edits)
+                step.check_edited(self.work.folder, edits)
             except AbliterateError as error:
                 raise self.work.damaged(str(error)) from None
         return edits
@@ -193,6 +192,7 @@ class _Run:
             edits=edits,
             kept=self.plan.kept,
             untouched=self.plan.untouched,
+            tied_head=self.plan.tied_head,
             metrics=list(evaluation["metrics"]),
             verdicts=evaluation["verdicts"],
             observed={"refused": observed.refused, "asked": observed.asked, "refusal_tokens": observed.tokens},
@@ -208,23 +208,3 @@ def _describe(harmful: Splits, harmless: Splits) -> dict[str, Any]:
         kind: {part: {"name": s.name, "n": len(s), "sha256": s.sha256} for part, s in splits._asdict().items()}
         for kind, splits in (("harmful", harmful), ("harmless", harmless))
     }
-
-
-def require_room(out: Path, checkpoint: Checkpoint) -> None:
-    """Check that the disk has room for a whole copy of the checkpoint.
-
-    Raises:
-        ResourceError: it has not.
-    """
-    files = checkpoint.shards + checkpoint.side_files
-    require_disk(out.parent, int(1.02 * sum((checkpoint.path / name).stat().st_size for name in files)))
-
-
-def finish(work: Workspace, record: RunRecord) -> None:
-    """Write record and card (the base's own card is kept beside the record), then publish."""
-    card, kept = work.folder / "README.md", work.records / "base-README.md"
-    if card.exists() and not kept.exists():
-        card.rename(kept)
-    write_card(record, work.output.name, card)
-    record.save(work.records / "run.json")
-    work.publish()

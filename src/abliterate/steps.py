@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import numpy.typing as npt
 from abliterate import observe as observing
 from abliterate.activations.collect import collect
 from abliterate.activations.stats import ActivationStats
-from abliterate.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.checkpoint.stream import tensor_sha256
 from abliterate.direction import choose as choosing
 from abliterate.direction.direction import Direction, candidates, most_separated
-from abliterate.edit.apply import apply_edit
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import UsageError, VerifyError
 from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_pair
@@ -36,15 +34,6 @@ from abliterate.prompts.load import Kind, builtin_splits
 
 #: Validation prompts in the causal test, of each kind.
 TRIAL_PROMPTS = 32
-
-
-def find_model(model: str) -> Path:
-    """The folder of MODEL: a folder, a hub id, or `demo`."""
-    if model == "demo":
-        from abliterate.demo.build import demo_folder
-
-        return demo_folder()
-    return resolve_model(model)
 
 
 def prompt_splits(options: Options) -> tuple[Splits, Splits]:
@@ -118,7 +107,10 @@ def check_edited(folder: Path, edits: list[dict[str, Any]]) -> None:
     tensors = open_checkpoint(folder).tensors
     for edit_record in edits:
         name = edit_record["tensor"]
-        if name not in tensors or tensor_sha256(folder, tensors[name]) != edit_record["sha256"]:
+        if name in tensors:
+            with (folder / tensors[name].file).open("rb") as file:
+                found = tensor_sha256(file.fileno(), tensors[name])
+        if name not in tensors or found != edit_record["sha256"]:
             raise VerifyError(f"tensor '{name}' is not as it was written")
 
 
@@ -216,14 +208,6 @@ def select(
     if len(found) == 1:
         return choosing.measure(trial, found[0]), []
     return choosing.choose(trial, found, options.max_kl, steps)
-
-
-def edit(
-    checkpoint: Checkpoint, plan: EditPlan, direction: Direction, out: Path, strength: float, steps: Steps = no_steps
-) -> list[dict[str, Any]]:
-    """Steps 3 and 4 into folder `out`; the records of all edited tensors."""
-    step = steps("editing weights", len(plan.writers))
-    return [asdict(r) for r in apply_edit(checkpoint, plan, direction.vector, out, strength, step)]
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""The steps as verbs of their own, each between files: `collect`, `select`, `edit`, `evaluate`.
+"""The steps as verbs of their own, each between files: `collect`, `select`, `evaluate`; and `edit`, `undo`.
 
 Owns the folder of activations that `collect` writes and `select` reads; computes nothing itself.
 """
@@ -6,14 +6,14 @@ Owns the folder of activations that `collect` writes and `select` reads; compute
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.checkpoint import hub_name, open_checkpoint
+from abliterate.at_rest import edit, find_model, undo
+from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
@@ -22,9 +22,9 @@ from abliterate.evaluate.evaluation import Evaluation
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options
-from abliterate.pipeline import finish, require_room
-from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output, writable
+
+__all__ = ["Collected", "collect", "edit", "evaluate", "select", "undo"]
 
 SCHEMA = 1
 #: The options that decide which prompts are used and how they are rendered: `select` takes them from `collect`.
@@ -77,7 +77,7 @@ def collect(model: str, output: str | Path, *, steps: Steps = no_steps, **option
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
     harmful, harmless = step.prompt_splits(chosen)
-    source = step.find_model(model)
+    source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     step.check_memory([checkpoint], chosen)
@@ -85,9 +85,9 @@ def collect(model: str, output: str | Path, *, steps: Steps = no_steps, **option
     observed = step.observe(loaded, checkpoint, harmful, harmless, chosen, steps)
     stats = step.collect_both(loaded, checkpoint, observed, harmful, harmless, chosen, steps)
     found = Collected(*stats, observed, {name: getattr(chosen, name) for name in _PROMPT_OPTIONS})
-    work = Workspace.scratch(out, source)
-    found.save(work.folder)
-    work.publish()
+    with Workspace.scratch(out, source) as work:
+        found.save(work.folder)
+        work.publish()
     return found
 
 
@@ -103,7 +103,7 @@ def select(
     chosen = Options(**(options | collected.options))
     chosen.check()
     harmful, harmless = step.prompt_splits(chosen)
-    source = step.find_model(model)
+    source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     if checkpoint.fingerprint != collected.harmful.model:
@@ -119,43 +119,6 @@ def select(
     return direction
 
 
-def edit(
-    model: str, direction: str | Path, output: str | Path, *, steps: Steps = no_steps, **options: Any
-) -> RunRecord:
-    """Steps 3 and 4: project the direction in a file out of `model`, into the new folder `output`. Runs no model.
-
-    Raises:
-        AbliterateError: as its kinds say.
-    """
-    chosen, out = Options(**options), Path(output).expanduser()
-    chosen.check()
-    found = Direction.load(Path(direction))
-    source = step.find_model(model)
-    check_output(out, source)
-    checkpoint = open_checkpoint(source)
-    plan = plan_edit(checkpoint, chosen.embeddings)
-    require_room(out, checkpoint)
-    work = Workspace.scratch(out, source)
-    start = time.monotonic()
-    with work.discarded_on_error():
-        edits = step.edit(checkpoint, plan, found, work.folder, chosen.strength, steps)
-    found.save(work.records / "directions.safetensors")
-    record = RunRecord(
-        model=model,
-        hub_id=hub_name(model),
-        model_fingerprint=checkpoint.fingerprint,
-        given={"model": model, "direction": str(direction), "output": str(output), **options},
-        resolved=asdict(chosen) | {"n_layers": checkpoint.n_layers},
-        direction=found.where,
-        edits=edits,
-        kept=plan.kept,
-        untouched=plan.untouched,
-        seconds={"edit": round(time.monotonic() - start, 2)},
-    )
-    finish(work, record)
-    return record
-
-
 def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **options: Any) -> Evaluation:
     """Refusal rates of `model` on the test prompts; against `base` also KL, perplexity and, for our edits, leak.
 
@@ -165,7 +128,7 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     chosen = Options(**options)
     chosen.check()
     harmful, harmless = step.prompt_splits(chosen)
-    folders = [step.find_model(m) for m in (model, base) if m is not None]
+    folders = [find_model(m) for m in (model, base) if m is not None]
     checkpoints = [open_checkpoint(folder) for folder in folders]
     step.check_memory(checkpoints, chosen)
     removed = folders[0] / RECORDS / "directions.safetensors"

@@ -5,7 +5,9 @@ Owns where results go and which steps are done; never knows what a step computes
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,39 +17,53 @@ from typing import Any
 
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.checkpoint.stream import sync
-from abliterate.errors import CheckpointError, ResourceError, UsageError
+from abliterate.errors import AbliterateError, CheckpointError, ResourceError, UsageError
 
 
 class Workspace:
-    """`OUT.partial` while a run lasts. A finished step is a file in it; `publish` renames the folder to OUT."""
+    """`OUT.partial` while a run lasts. A finished step is a file in it; `publish` renames the folder to OUT.
+
+    As a context it keeps other runs from the folder.
+    """
 
     def __init__(self, output: Path, source: Path | None, settings: dict[str, Any], resume: bool) -> None:
         """Claim the folder, or take up the unfinished one of an earlier run with the same settings.
 
         Raises:
             UsageError: OUT exists, or is or lies in the source; an unfinished run is there and `resume` is not
-                given, or is of other settings; or what is there is not a run of ours.
+                given, or is of other settings, or still runs; or what is there is not a run of ours.
         """
         check_output(output, source)
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
         self.steps = self.folder / RECORDS / "steps"
         known = self.steps / "settings.json"
-        if not known.is_file() and any(path.is_file() for path in self.folder.rglob("*")):
-            raise UsageError(
-                f"{self.folder}: is in the way, and not an unfinished run; move it, or choose another output"
-            )
-        if self.folder.exists() and not resume:
-            raise UsageError(f"{self.folder}: an unfinished run; --resume goes on with it, or delete it to start again")
-        if resume and known.is_file():
-            self._compare(self.read("settings"), settings)
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            try:
-                self.steps.mkdir(parents=True)
-            except OSError as error:
-                raise ResourceError(f"{self.folder}: cannot create it ({error.strerror})") from None
-            self.write("settings", settings)
+        self._lock: int | None = _claim(self.folder)
+        try:
+            if not known.is_file() and any(path.is_file() for path in self.folder.rglob("*")):
+                raise UsageError(
+                    f"{self.folder}: is in the way, and not an unfinished run; move it, or choose another output"
+                )
+            if known.is_file() and not resume:
+                raise UsageError(
+                    f"{self.folder}: an unfinished run; --resume goes on with it, or delete it to start again"
+                )
+            if known.is_file():
+                self._compare(self.read("settings"), settings)
+            else:
+                self.steps.mkdir(parents=True, exist_ok=True)
+                self.write("settings", settings)
+        except AbliterateError:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
 
     def _compare(self, before: Any, now: dict[str, Any]) -> None:
         before = before if isinstance(before, dict) else {}
@@ -91,24 +107,22 @@ class Workspace:
         return self.folder / RECORDS
 
     @classmethod
-    def scratch(cls, output: Path, source: Path) -> Workspace:
-        """A new folder for work that is not resumable; what an earlier, killed one left is dropped."""
+    @contextmanager
+    def scratch(cls, output: Path, source: Path) -> Iterator[Workspace]:
+        """A new folder for work that is not resumable: dropped if the block does not publish it.
+
+        What an earlier, killed one left is dropped as well.
+        """
         check_output(output, source)
         left = output.with_name(output.name + ".partial")
         if (left / RECORDS / "steps" / "settings.json").is_file():
+            os.close(_claim(left))
             shutil.rmtree(left)
-        return cls(output, source, {}, resume=False)
-
-    @contextmanager
-    def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder if the block does not end well: for work that is not resumable."""
-        ended = False
-        try:
-            yield
-            ended = True
-        finally:
-            if not ended:
-                shutil.rmtree(self.folder, ignore_errors=True)
+        with cls(output, source, {}, resume=False) as work:
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work.folder, ignore_errors=True)
 
     def discard_if_new(self) -> None:
         """Remove the folder if no step has finished: there is nothing in it to resume."""
@@ -122,10 +136,35 @@ class Workspace:
             UsageError: OUT appeared meanwhile.
         """
         shutil.rmtree(self.steps)
+        if not any(self.records.iterdir()):
+            self.records.rmdir()  # what is published as it was holds no records of ours
         if self.output.exists():
             raise UsageError(f"{self.output}: appeared while the run lasted; the result is in {self.folder}")
         self.folder.rename(self.output)
         sync(self.output.parent)
+
+
+def _claim(folder: Path) -> int:
+    """The open folder, made where it is not there, locked for as long as this process holds it.
+
+    Raises:
+        UsageError: another process is writing to it.
+        ResourceError: it cannot be made.
+    """
+    fd = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.stat().st_ino != os.fstat(fd).st_ino:
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
+        if fd is not None:
+            os.close(fd)
+        raise UsageError(f"{folder}: another run is writing to it; wait for it, or choose another output") from None
+    except OSError as error:
+        raise ResourceError(f"{folder}: cannot create it ({error.strerror})") from None
+    return fd
 
 
 def check_output(output: Path, source: Path | None) -> None:

@@ -95,7 +95,7 @@ def test_the_verbs_one_by_one_give_the_bytes_of_run(
     assert (
         run_here("select", model, acts, "-o", direction, "--layer", "2", "--position", "-1", "--dtype", "float32") == 0
     )
-    assert run_here("edit", model, direction, "-o", out) == 0
+    assert run_here("edit", model, "--direction", direction, "-o", out) == 0
     for shard in Path(out).glob("model-*.safetensors"):
         assert shard.read_bytes() == (finished[1] / shard.name).read_bytes()
     capsys.readouterr()
@@ -123,7 +123,9 @@ def test_verbs_refuse_what_does_not_belong_together(
     assert "another model" in capsys.readouterr().err
     assert run_here("select", model, str(tmp_path), "-o", str(tmp_path / "d.safetensors")) == 3
     assert "collect" in capsys.readouterr().err
-    assert run_here("edit", model, str(tmp_path / "acts" / "harmful.safetensors"), "-o", str(tmp_path / "out")) == 3
+    assert (
+        run_here("edit", model, "-d", str(tmp_path / "acts" / "harmful.safetensors"), "-o", str(tmp_path / "out")) == 3
+    )
     assert "a direction" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["acts", "other"]
 

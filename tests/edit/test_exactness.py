@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from abliterate.checkpoint import open_checkpoint, stream
-from abliterate.edit.apply import EditRecord, apply_edit
+from abliterate.checkpoint import matrix, open_checkpoint
+from abliterate.edit import projection
+from abliterate.edit.apply import THREADS, apply_edit
 from abliterate.edit.plan import Embeddings, plan_edit
+from abliterate.edit.shard import EditRecord
 from abliterate.errors import UnsupportedError, VerifyError
 from abliterate.model.hooks import ablate
 from abliterate.model.load import load_model
@@ -116,9 +118,9 @@ def test_only_planned_tensors_change_and_by_the_formula(family: str, tiny: Tiny,
             d /= np.linalg.norm(d)
         w = everything[name].double().numpy()
         exact = w - np.outer(w @ d, d) if writer.axis else w - np.outer(d, d @ w)
-        rounded = torch.from_numpy(exact).to(torch.bfloat16)
-        steps = (rounded.view(torch.int16).int() - result[name].view(torch.int16).int()).abs()
-        assert (steps <= 1).float().mean() > 0.999 and (steps == 0).float().mean() > 0.98
+        rounded = torch.from_numpy(exact).to(torch.bfloat16).double().numpy()
+        error, least = (np.linalg.norm(x - exact) for x in (result[name].double().numpy(), rounded))
+        assert error < 1.6 * least < 0.05 * np.linalg.norm(exact - w)
 
 
 def test_side_files_and_the_source_stay_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_strength_nought_leaves_every_byte(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama")
     out, records = edited(model, tmp_path / "out", strength=0.0)
     assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
-    assert all(e.leak == pytest.approx(1.0) for e in records)
+    assert all(e.leak < 1e-6 < e.norm_removed for e in records)
 
 
 def test_kept_embeddings_are_kept(tiny: Tiny, tmp_path: Path) -> None:
@@ -167,38 +169,30 @@ def test_kept_embeddings_are_kept(tiny: Tiny, tmp_path: Path) -> None:
 def test_small_blocks_give_the_same_tensors(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("gemma2", dtype=torch.float32)
     whole, _ = edited(model, tmp_path / "whole")
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(matrix, "BLOCK", 100)
+    monkeypatch.setattr(projection, "BLOCK", 100)
     blocks, _ = edited(model, tmp_path / "blocks")
     a, b = (load_file(p / "model.safetensors") for p in (whole, blocks))
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
 
-def test_memory_is_bounded_by_blocks_not_by_the_tensor(tmp_path: Path) -> None:
+def test_memory_is_bounded_by_blocks_not_by_the_tensor(tiny: Tiny, tmp_path: Path) -> None:
     import tracemalloc
 
-    from abliterate.edit.projection import normalise, project_rows
-
-    rows = 60_000
-    save_file({"w": torch.zeros(rows, 256, dtype=torch.bfloat16) + 0.01}, tmp_path / "w.safetensors")
-    from abliterate.checkpoint.safetensors_file import read_header
-
-    tensor = read_header(tmp_path / "w.safetensors")["w"]
-    with (tmp_path / "w.safetensors").open("r+b") as file:
-        fd = file.fileno()
-
-        def blocks() -> object:
-            for start, stop in stream.row_blocks(tensor):
-                yield start, stream.read_rows(fd, tensor, start, stop)
-
-        def store(start: int, block: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-            stream.write_rows(fd, tensor, start, block)
-            return block
-
-        tracemalloc.start()
-        project_rows(blocks, store, normalise(np.ones(256, dtype=np.float32)), 1.0)  # type: ignore[arg-type]
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 12 * stream.BLOCK_BYTES < rows * 256 * 4
+    model = tmp_path / "model"
+    shutil.copytree(tiny("llama"), model)
+    rows, width = 400_000, 32  # an embedding of 25 MB, 51 as float32
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.randn(rows, width).bfloat16()
+    save_file(tensors, model / "model.safetensors")
+    checkpoint = open_checkpoint(model)
+    plan, out = plan_edit(checkpoint), tmp_path / "out"
+    out.mkdir()
+    tracemalloc.start()
+    apply_edit(checkpoint, plan, unit(), out, undo=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 4 * (4 * matrix.BLOCK) * THREADS / 2 + (8 << 20) < rows * width * 4 * THREADS
 
 
 def test_a_direction_or_a_source_that_does_not_fit_is_refused(tiny: Tiny, tmp_path: Path) -> None:

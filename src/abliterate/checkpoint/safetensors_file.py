@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from abliterate.checkpoint.dtypes import BITS
+from abliterate.checkpoint.codecs import BITS
 from abliterate.errors import CheckpointError
 
 #: The format's own bound on the JSON header, in bytes.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from abliterate.checkpoint.dtypes import EDITABLE
 from abliterate.checkpoint.folder import Checkpoint
-from abliterate.checkpoint.stream import read_rows, row_blocks
+from abliterate.checkpoint.storage import whole
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
@@ -19,8 +18,8 @@ def require_finite(checkpoint: Checkpoint) -> None:
         fd = os.open(checkpoint.path / shard, os.O_RDONLY)
         try:
             for tensor in checkpoint.tensors.values():
-                if tensor.file == shard and tensor.dtype in EDITABLE:
-                    for start, stop in row_blocks(tensor):
-                        read_rows(fd, tensor, start, stop)
+                matrix = whole(tensor) if tensor.file == shard else None
+                if matrix is not None:
+                    matrix.require_finite(fd)
         finally:
             os.close(fd)

@@ -1,123 +1,117 @@
-"""Read and rewrite single tensors of a shard in blocks of rows, and copy files.
+"""Copy files and ranges of them, and make sure that they are on disk.
 
-Owns positioned reads and writes; holds one block at a time. Never knows why a tensor is rewritten.
+Owns what the kernel does best: copying without passing bytes through this process, and allocating disk. Never knows
+what is in a file.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import math
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
-from abliterate.checkpoint.dtypes import Float32Array, decode, encode, itemsize
+from abliterate.checkpoint.matrix import write_all
 from abliterate.checkpoint.safetensors_file import TensorInfo
 from abliterate.errors import ResourceError, VerifyError
 
-#: Bytes of stored data per block; three or four float32 copies of one block are alive at a time.
-BLOCK_BYTES = 4 << 20
+_CHUNK = 4 << 20
+#: Most bytes of one call to the kernel, so that an interrupt is not kept waiting.
+_RANGE = 256 << 20
+#: What the kernel says where two files cannot be copied between in it.
+_NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 
-def row_blocks(tensor: TensorInfo) -> Iterator[tuple[int, int]]:
-    """Half-open row ranges of about `BLOCK_BYTES` that cover a tensor; a vector is one row per element."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    per_row = max(1, tensor.nbytes // max(1, rows))
-    step = max(1, BLOCK_BYTES // per_row)
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
-def matrices(tensor: TensorInfo, axis: int) -> Iterator[TensorInfo]:
-    """A tensor as matrices with `axis` as their rows, or as their columns where it is the last one.
-
-    A fused tensor of experts `[E, d_model, d_ff]` is one matrix for each expert; `[E, d_ff, d_model]`, stored in one
-    piece, is one matrix of `E x d_ff` rows.
-    """
-    shape = tensor.shape
-    if axis == len(shape) - 1 and len(shape) > 1:
-        yield replace(tensor, shape=(math.prod(shape[:-1]), shape[-1]))
-        return
-    nbytes = tensor.nbytes // max(1, math.prod(shape[:axis]))
-    for i in range(math.prod(shape[:axis])):
-        inner = (shape[axis], math.prod(shape[axis + 1 :]))
-        yield replace(tensor, shape=inner, offset=tensor.offset + i * nbytes, nbytes=nbytes)
-
-
-def read_rows(fd: int, tensor: TensorInfo, start: int, stop: int) -> Float32Array:
-    """Rows `[start, stop)` of a tensor as float32 `[rows, columns]`.
-
-    Raises:
-        VerifyError: the rows hold NaN or infinity, or the file ends within them.
-    """
-    columns = _columns(tensor)
-    width = columns * itemsize(tensor.dtype)
-    raw = os.pread(fd, (stop - start) * width, tensor.offset + start * width)
-    if len(raw) != (stop - start) * width:
-        raise VerifyError(f"{tensor.file}: ended while tensor '{tensor.name}' was read; did the file change meanwhile?")
-    rows = decode(raw, tensor.dtype).reshape(stop - start, columns)
-    if not np.isfinite(rows).all():
-        raise VerifyError(
-            f"{tensor.file}: tensor '{tensor.name}' holds NaN or infinity, first in row "
-            f"{start + int(np.argmin(np.isfinite(rows).all(1)))}; the checkpoint is damaged: nothing was written"
-        )
-    return rows
-
-
-def write_rows(fd: int, tensor: TensorInfo, start: int, rows: Float32Array) -> bytes:
-    """Store `rows` from row `start` on in the tensor's own type; returns the bytes written.
-
-    Raises:
-        VerifyError: a value does not fit the type.
-    """
-    raw = encode(rows, tensor.dtype)
-    if not np.isfinite(decode(raw, tensor.dtype)).all():
-        raise VerifyError(f"{tensor.file}: the edit of tensor '{tensor.name}' overflows {tensor.dtype}")
-    offset = tensor.offset + start * _columns(tensor) * itemsize(tensor.dtype)
-    if os.pwrite(fd, raw, offset) != len(raw):
-        raise ResourceError(f"{tensor.file}: the disk took only part of tensor '{tensor.name}'; is it full?")
-    return raw
-
-
-def _columns(tensor: TensorInfo) -> int:
-    return int(np.prod(tensor.shape[1:], dtype=np.int64)) if len(tensor.shape) > 1 else 1
-
-
-def tensor_sha256(folder: Path, tensor: TensorInfo) -> str:
-    """Hash of a tensor's stored bytes."""
-    digest = hashlib.sha256()
-    with (folder / tensor.file).open("rb") as file:
-        file.seek(tensor.offset)
-        left = tensor.nbytes
-        while left and (block := file.read(min(left, BLOCK_BYTES))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's bytes (through symbolic links) to a new file, never sharing storage that is written later.
+def create(target: Path, size: int) -> None:
+    """Make a file of `size` bytes, its disk space taken where the file system can; what was there is replaced.
 
     Raises:
         ResourceError: the disk is full.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.copyfile(source, target)
-    except OSError as error:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        raise ResourceError(f"{target}: cannot write ({error.strerror})") from None
+        with target.open("xb") as file:
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot write {size:,} bytes ({error.strerror})") from None
+
+
+def copy_range(source: int, target: int, start: int, stop: int, file: str, to: int | None = None) -> None:
+    """Copy bytes `[start, stop)` to place `to` (the same), by the kernel where it can: on shared blocks if possible.
+
+    Raises:
+        VerifyError: the source ends before `stop`.
+        ResourceError: the disk is full.
+    """
+    shift = 0 if to is None else to - start
+    by_kernel = hasattr(os, "copy_file_range")
+    while start < stop:
+        done = 0
+        if by_kernel:
+            try:
+                done = os.copy_file_range(source, target, min(stop - start, _RANGE), start, start + shift)
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise ResourceError(f"{file}: cannot write ({error.strerror}); free some disk space") from None
+                by_kernel = False
+                continue
+        else:
+            data = os.pread(source, min(stop - start, _CHUNK), start)
+            write_all(target, memoryview(data), start + shift, file)
+            done = len(data)
+        if not done:
+            raise VerifyError(f"{file}: ended at byte {start:,} while it was copied; did the file change meanwhile?")
+        start += done
+
+
+def gaps(taken: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """What the half-open ranges `taken`, in any order, leave of `[0, size)`."""
+    found, at = [], 0
+    for start, stop in sorted(taken):
+        if start > at:
+            found.append((at, start))
+        at = max(at, stop)
+    return [*found, (at, size)] if at < size else found
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes (through symbolic links) to a new file.
+
+    Raises:
+        ResourceError: the disk is full.
+        VerifyError: the source shrinks meanwhile.
+    """
+    create(target, source.stat().st_size)
+    with source.open("rb") as old, target.open("r+b") as new:
+        copy_range(old.fileno(), new.fileno(), 0, os.fstat(new.fileno()).st_size, source.name)
+
+
+def tensor_sha256(fd: int, tensor: TensorInfo) -> str:
+    """Hash of a tensor's stored bytes in its open file."""
+    digest, at, end = hashlib.sha256(), tensor.offset, tensor.offset + tensor.nbytes
+    while at < end and (block := os.pread(fd, min(end - at, _CHUNK), at)):
+        digest.update(block)
+        at += len(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Force a file's or folder's data to disk."""
+    """Force a file's or folder's data to disk.
+
+    Raises:
+        ResourceError: the disk does not take it.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot write ({error.strerror})") from None
     finally:
         os.close(fd)
 

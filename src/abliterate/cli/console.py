@@ -55,10 +55,6 @@ def progress_bars(
 
 
 def _quiet_libraries() -> None:
-    """Ask the libraries below to keep their own bars and advice to themselves; our bars say what happens."""
-    from transformers.utils import logging
-
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
+    """Ask the libraries below to keep their advice to themselves, before any of them is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.disable_progress_bar()

@@ -12,29 +12,38 @@ from abliterate.cli import console, options
 EPILOG = """
 [bold]Examples[/bold]
 
-  abliterate edit demo demo.safetensors -o demo-abliterated
+  abliterate edit demo --direction demo.safetensors -o demo-abliterated
 
-  abliterate edit ./my-model direction.safetensors -o weaker --strength 0.6 --embeddings keep
+  abliterate edit ./my-model --direction mine.npy -o weaker --strength 0.6 --embeddings keep
 """
 
 
 def edit(
     model: options.Model,
-    direction: Annotated[Path, typer.Argument(metavar="DIRECTION", help="A file that select wrote.")],
+    direction: Annotated[
+        Path,
+        typer.Option("--direction", "-d", metavar="FILE", help="A file that select wrote, or a .npy [d] or [k, d]."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.", metavar="OUT")],
     strength: options.Strength = 1.0,
     embeddings: options.Embeddings = "edit",
+    keep_norms: options.KeepNorms = False,
+    no_undo: options.NoUndo = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an edit that was interrupted.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Steps 3 and 4: project DIRECTION out of every weight of MODEL that writes to the residual stream; save OUT.
+    """Steps 3 and 4: project the direction out of every weight of MODEL that writes to the residual stream; save OUT.
 
     Needs no memory for the model: weights are rewritten a few rows at a time. OUT appears when it is complete.
     """
+    from abliterate.at_rest import edit as edit_verb
     from abliterate.report.table import print_run
-    from abliterate.verbs import edit as edit_verb
 
-    with console.progress_bars() as steps:
-        record = edit_verb(model, direction, output, steps=steps, strength=strength, embeddings=embeddings)
+    with console.progress_bars("interrupted; --resume goes on with it") as steps:
+        record = edit_verb(
+            model, direction, output, resume=resume, steps=steps, strength=strength, embeddings=embeddings,
+            keep_norms=keep_norms, undo=not no_undo,
+        )  # fmt: skip
     if as_json:
         console.print_json(record.as_dict)
     else:

@@ -61,13 +61,24 @@ Dtype = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Prompts in one forward pass.", rich_help_panel=_MODEL)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of each answer that is judged.", rich_help_panel=_MODEL)]
-Strength = Annotated[float, typer.Option(help="Share of the direction to remove: 1 removes, 2 reflects.")]
+Strength = Annotated[
+    float, typer.Option(help="Share of the direction to remove: 1 removes, 2 reflects, below 0 adds to it.")
+]
 Embeddings = Annotated[
     str,
     typer.Option(
-        metavar="edit|keep",
-        help="Whether the token embedding loses the direction too. Tied to the LM head, it loses it in both roles.",
+        metavar="edit|keep|untie",
+        help="edit: the token embedding loses the direction too; tied to the LM head, in both roles. keep: what it "
+        "writes along the direction stays. untie: a tied head gets a copy of its own, unedited (a larger checkpoint).",
     ),
+]
+KeepNorms = Annotated[
+    bool,
+    typer.Option("--keep-norms", help="Scale what each input writes back to its norm; leaves none of the direction."),
+]
+NoUndo = Annotated[
+    bool,
+    typer.Option("--no-undo", help="Leave out the 1 to 3% of disk from which undo restores the base."),
 ]
 Layer = Annotated[
     Optional[int], typer.Option(help="Take the direction from this layer (from 0).", show_default="by causal test")

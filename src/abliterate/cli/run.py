@@ -38,6 +38,8 @@ def run(
     strength: options.Strength = 1.0,
     max_kl: options.MaxKl = options.DEFAULT.max_kl,
     embeddings: options.Embeddings = "edit",
+    keep_norms: options.KeepNorms = False,
+    no_undo: options.NoUndo = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
@@ -65,8 +67,9 @@ def run(
             model or model_option or "", output, resume=resume, steps=steps,
             harmful=harmful, harmless=harmless, limit=limit, seed=seed, system_prompt=system_prompt,
             chat_template=str(chat_template) if chat_template else None, layer=layer, position=position,
-            strength=strength, max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype,
-            batch_size=batch_size, max_new_tokens=max_new_tokens, evaluate=not no_eval, force=force,
+            strength=strength, max_kl=max_kl, embeddings=embeddings, keep_norms=keep_norms, undo=not no_undo,
+            device=device, dtype=dtype, batch_size=batch_size, max_new_tokens=max_new_tokens,
+            evaluate=not no_eval, force=force,
         )  # fmt: skip
     if as_json:
         console.print_json(record.as_dict)

@@ -114,7 +114,7 @@ class Trial:
 
     def _add(self, directions: Sequence[Direction]) -> AbstractContextManager[None]:
         scales = torch.tensor([d.scale for d in directions])[:, None]
-        return add_vectors(self.model, [d.layer for d in directions], _stack(directions) * scales)
+        return add_vectors(self.model, [d.layer or 0 for d in directions], _stack(directions) * scales)
 
 
 def choose(

@@ -22,16 +22,16 @@ METHOD = "difference of means, orthogonal to the harmless mean"
 
 @dataclass(frozen=True)
 class Direction:
-    """A unit vector `[d_model]` in the residual stream, and how it was found.
+    """A unit vector `[d_model]` in the residual stream, or an orthonormal basis `[k, d_model]`, and where it is from.
 
     `scale` is the norm of the orthogonal part of the difference of means; `layer` counts from 0,
-    `position` is negative, from the prompt's end; `scores` holds the causal test's figures; `source`
-    the hashes of the model and prompts it came from.
+    `position` is negative, from the prompt's end, and both are None where a person brought the vector; `scores`
+    holds the causal test's figures; `source` the hashes of the model and prompts it came from.
     """
 
     vector: npt.NDArray[np.float32]
-    layer: int
-    position: int
+    layer: int | None
+    position: int | None
     scale: float
     method: str = METHOD
     scores: dict[str, float] = field(default_factory=dict)
@@ -48,21 +48,52 @@ class Direction:
 
     @classmethod
     def load(cls, path: Path) -> Direction:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or the vectors `[d_model]` or `[k, d_model]` in a `.npy` file.
 
         Raises:
-            CheckpointError: no such file, not a direction of this schema, or not a unit vector.
+            CheckpointError: no such file, not a direction of this schema, or not unit vectors.
         """
+        if path.suffix == ".npy":
+            return _from_npy(path)
         arrays, note = load_arrays(path, KIND)
         if arrays.keys() != {"direction"} or note.keys() != {f.name for f in fields(cls)} - {"vector"}:
             raise CheckpointError(f"{path}: damaged: holds {', '.join(sorted({*arrays, *note}))}; make it again")
         vector = arrays["direction"].astype(np.float32)
-        norm = float(np.linalg.norm(vector))
-        if vector.ndim != 1 or not abs(norm - 1) <= 1e-4:
+        rows = np.atleast_2d(vector)
+        if vector.ndim not in (1, 2) or not np.allclose(rows @ rows.T, np.eye(len(rows)), atol=1e-4):
+            norm = float(np.linalg.norm(vector))
             raise CheckpointError(
-                f"{path}: holds shape {list(vector.shape)} of norm {norm:g}; expected one unit vector [d_model]"
+                f"{path}: holds shape {list(vector.shape)} of norm {norm:g}; expected one unit vector [d_model], "
+                "or orthonormal ones [k, d_model]"
             )
         return cls(vector, **note)
+
+
+def _from_npy(path: Path) -> Direction:
+    """Vectors of a person's own, made orthonormal; their span is what they say.
+
+    Raises:
+        CheckpointError: no such file, or not vectors of full rank.
+    """
+    try:
+        given = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a NumPy array ({error})") from None
+    if given.ndim not in (1, 2) or given.dtype.kind not in "fiu" or not given.size or not np.isfinite(given).all():
+        raise CheckpointError(
+            f"{path}: holds {given.dtype} of shape {list(given.shape)}; expected finite numbers, [d_model] or "
+            "[k, d_model]"
+        )
+    wide = np.atleast_2d(given).astype(np.float64)
+    sizes = np.linalg.svd(wide, compute_uv=False)
+    if len(wide) > wide.shape[1] or not sizes[-1] > 1e-6 * sizes[0]:
+        raise CheckpointError(
+            f"{path}: its {len(wide)} vectors of width {wide.shape[1]} are zero or span fewer directions than that; "
+            "leave out those that depend on others"
+        )
+    q, triangle = np.linalg.qr(wide.T)
+    unit = (q * np.sign(np.diag(triangle))).T.astype(np.float32)
+    return Direction(unit[0] if given.ndim == 1 else unit, None, None, float(sizes[0]), f"given as {path.name}")
 
 
 def candidates(harmful: ActivationStats, harmless: ActivationStats, last_layer: int) -> list[Direction]:
@@ -103,6 +134,7 @@ def most_separated(found: list[Direction], harmful: ActivationStats, harmless: A
     """
 
     def separation(d: Direction) -> float:
+        assert d.layer is not None and d.position is not None  # candidates come from activations
         index = harmful.positions.index(d.position)
         spread = harmful.variance[d.layer, index] + harmless.variance[d.layer, index]
         return d.scale**2 / (float(spread @ d.vector.astype(np.float64) ** 2) + 1e-12)

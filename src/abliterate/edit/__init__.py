@@ -3,7 +3,8 @@
 Never knows prompts or evaluation.
 """
 
-from abliterate.edit.apply import EditRecord, apply_edit
+from abliterate.edit.apply import apply_edit
 from abliterate.edit.plan import EditPlan, plan_edit
+from abliterate.edit.shard import EditRecord
 
 __all__ = ["EditPlan", "EditRecord", "apply_edit", "plan_edit"]

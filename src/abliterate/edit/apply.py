@@ -1,136 +1,187 @@
-"""Write a complete edited checkpoint: every file copied, the planned tensors projected in place.
+"""Write a complete edited checkpoint, file by file.
 
-Owns the order of writing: a shard is copied, then patched in blocks; nothing here renames the folder into
-place (the caller owns that), so an interrupted edit is never loadable as a result.
+Owns the order of writing and the way back; nothing here renames the folder into place (the caller owns that), so an
+interrupted edit is never loadable as a result.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from abliterate.checkpoint import Checkpoint, TensorInfo
-from abliterate.checkpoint.dtypes import Float32Array, decode
+from abliterate.checkpoint import Checkpoint
+from abliterate.checkpoint.codecs import Float32Array
 from abliterate.checkpoint.folder import RECORDS
-from abliterate.checkpoint.stream import copy_file, matrices, read_rows, row_blocks, sync, write_rows
+from abliterate.checkpoint.storage import whole
+from abliterate.checkpoint.stream import copy_file, sync
 from abliterate.edit.plan import EditPlan
-from abliterate.edit.projection import Removed, normalise, project_columns, project_rows
+from abliterate.edit.projection import Removal, orthonormal
+from abliterate.edit.shard import EditRecord, PlannedTensor, Workers, write_shard
+from abliterate.edit.undo import EARLIER, SIDECARS, RestoredFile, WayBack, file_sha256
+from abliterate.edit.untie import moved, untie
 from abliterate.edit.writers import ResidualWriter
 from abliterate.errors import VerifyError
 from abliterate.model.progress import Progress, silent
 
+#: Threads at most; each holds a few blocks of numbers.
+THREADS = min(8, os.cpu_count() or 1)
 
-@dataclass(frozen=True, slots=True)
-class EditRecord:
-    """What happened to one tensor: norms, the leak after the cast, the hash of its new bytes."""
 
-    tensor: str
-    role: str
-    layer: int | None
-    norm_before: float
-    norm_removed: float
-    leak: float
-    sha256: str
+class Journal(Protocol):
+    """Remembers which files are finished, so that an edit can go on after it was killed."""
+
+    def done(self, step: str) -> bool:
+        """Whether a step's result is kept."""
+        ...
+
+    def read(self, step: str) -> Any:
+        """A step's result as plain values."""
+        ...
+
+    def write(self, step: str, value: Any) -> None:
+        """Keep a step's result; it survives the process."""
+        ...
+
+
+class Forgetful:
+    """A journal for edits that need not go on."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, Any] = {}
+
+    def done(self, step: str) -> bool:
+        """Whether a step's result is kept."""
+        return step in self._results
+
+    def read(self, step: str) -> Any:
+        """A step's result."""
+        return self._results[step]
+
+    def write(self, step: str, value: Any) -> None:
+        """Keep a step's result."""
+        self._results[step] = value
 
 
 def apply_edit(
     checkpoint: Checkpoint,
     plan: EditPlan,
-    direction: npt.NDArray[np.float32],
+    directions: Float32Array,
     out: Path,
     strength: float = 1.0,
     progress: Progress = silent,
+    *,
+    keep_norms: bool = False,
+    undo: bool = False,
+    journal: Journal | None = None,
 ) -> list[EditRecord]:
     """Write the edited checkpoint into folder `out`; one record for each edited tensor, in file order.
 
-    Shards keep their names, order and headers; every byte outside the planned tensors equals the source.
-    Arithmetic is float32 with one cast back. At most a few blocks of rows are held.
+    Shards keep their names, order and headers; every byte outside the planned tensors equals the source. Arithmetic
+    is float32 with one cast back, whose remainder is carried along the directions. A few blocks of rows are held for
+    each thread.
+
+    Args:
+        checkpoint: what to edit; never written to.
+        plan: which tensors.
+        directions: `[d_model]` or `[k, d_model]`; their span is removed.
+        out: an existing folder.
+        strength: 1 removes, 2 reflects, below 0 adds.
+        progress: called with the number of tensors done.
+        keep_norms: scale what each input writes back to the norm it had.
+        undo: keep what `undo` needs to restore the base bit for bit.
+        journal: files that it says are finished are not written again.
 
     Raises:
-        VerifyError: a tensor to edit holds NaN or infinity, or the direction does not fit; names it.
+        VerifyError: a tensor to edit holds NaN or infinity, the directions do not fit, or a source file changed.
         ResourceError: the disk is full.
     """
-    _check(checkpoint, plan, direction)
+    _check(checkpoint, plan, directions)
+    kept: Journal = journal or Forgetful()
+    by_shard: dict[str, list[PlannedTensor]] = defaultdict(list)
+    for writer in plan.writers:
+        basis = orthonormal(directions, _gain(checkpoint, writer), writer.centred)
+        tensor = PlannedTensor(checkpoint, writer, Removal(basis, strength, keep_norms))
+        by_shard[tensor.info.file].append(tensor)
     for name in checkpoint.side_files:
         copy_file(checkpoint.path / name, out / _place(name))
-    by_shard: dict[str, list[ResidualWriter]] = defaultdict(list)
-    for writer in plan.writers:
-        by_shard[checkpoint.tensors[writer.tensor].file].append(writer)
-    records = []
-    for shard in checkpoint.shards:
-        copy_file(checkpoint.path / shard, out / shard)
-        fd = os.open(out / shard, os.O_RDWR)
-        try:
-            for writer in by_shard[shard]:
-                records.append(_edit_tensor(checkpoint, writer, direction, fd, strength))
-                progress(1)
-        finally:
-            os.close(fd)
-        sync(out / shard)
+    files = {shard: f"edit {i}" for i, shard in enumerate(checkpoint.shards)}
+    with Workers.start(THREADS) as workers:
+        waiting = []
+        for i, (shard, step) in enumerate(files.items()):
+            if kept.done(step):
+                progress(len(by_shard[shard]))
+                continue
+            way_back = out / RECORDS / SIDECARS / f"{i:05d}.bin" if undo else None
+            source, target = checkpoint.path / shard, out / shard
+            done, before = write_shard(source, target, by_shard[shard], workers, way_back, progress)
+            result = {"records": [asdict(r) for r in done], "before": before}
+            # The disk works while the next file is computed.
+            waiting.append(workers.after.submit(_finish, target, kept.write, step, result))
+        for future in waiting:
+            future.result()
+    results = {shard: kept.read(step) for shard, step in files.items()}
+    if undo:
+        _way_back(checkpoint, plan, results).save(out)
+    if plan.untied is not None:
+        untie(checkpoint, plan.untied, out)
     sync(out)
-    return records
+    return [EditRecord(**record) for result in results.values() for record in result["records"]]
 
 
-def _check(checkpoint: Checkpoint, plan: EditPlan, direction: npt.NDArray[np.float32]) -> None:
+def _finish(target: Path, write: Callable[[str, Any], None], step: str, result: dict[str, Any]) -> None:
+    sync(target)
+    write(step, result)
+
+
+def _way_back(checkpoint: Checkpoint, plan: EditPlan, results: dict[str, Any]) -> WayBack:
+    axes = {w.tensor: w.axis for w in plan.writers}
+    files = [
+        RestoredFile(
+            shard,
+            moved(checkpoint).get(shard, shard) if plan.untied else shard,
+            f"{SIDECARS}/{i:05d}.bin" if result["before"] else None,
+            [(name, axes[name], sha256) for name, sha256 in result["before"].items()],
+        )
+        for i, (shard, result) in enumerate(results.items())
+    ]
+    side_files = {name: file_sha256(checkpoint.path / name) for name in checkpoint.side_files}
+    return WayBack(checkpoint.fingerprint, files, side_files)
+
+
+def _check(checkpoint: Checkpoint, plan: EditPlan, directions: Float32Array) -> None:
     if plan.source != checkpoint.fingerprint:
         raise VerifyError(f"{checkpoint.path}: changed since the edit was planned; plan again")
     for writer in plan.writers:
-        tensor = checkpoint.tensors[writer.tensor]
-        if tensor.shape[writer.axis] != len(direction):
+        width, d_model = checkpoint.tensors[writer.tensor].shape[writer.axis], directions.shape[-1]
+        if width != d_model:
             raise VerifyError(
-                f"the direction has d_model {len(direction)}, tensor '{tensor.name}' has {tensor.shape[writer.axis]}; "
+                f"the direction has d_model {d_model}, tensor '{writer.tensor}' has {width}; "
                 "the direction is of another model"
             )
 
 
 def _place(name: str) -> str:
     """Where a side file goes: the records of an earlier edit make room for those of this one."""
-    return f"{RECORDS}/base/{name.removeprefix(RECORDS + '/')}" if name.startswith(f"{RECORDS}/") else name
-
-
-def _edit_tensor(
-    checkpoint: Checkpoint, writer: ResidualWriter, direction: Float32Array, fd: int, strength: float
-) -> EditRecord:
-    """Project one tensor of an open, already copied shard in place."""
-    tensor = checkpoint.tensors[writer.tensor]
-    digest = hashlib.sha256()
-
-    d = normalise(direction, _gain(checkpoint, writer), writer.centred)
-    parts = list[Removed]()
-    for matrix in matrices(tensor, writer.axis):
-
-        def blocks(matrix: TensorInfo = matrix) -> Iterator[tuple[int, Float32Array]]:
-            for start, stop in row_blocks(matrix):
-                yield start, read_rows(fd, matrix, start, stop)
-
-        def store(start: int, rows: Float32Array, matrix: TensorInfo = matrix) -> Float32Array:
-            raw = write_rows(fd, matrix, start, rows)
-            digest.update(raw)
-            return decode(raw, matrix.dtype).reshape(rows.shape)
-
-        # The last axis of a matrix lies along its rows; a vector is a matrix of one column.
-        rows_are_written = len(tensor.shape) > 1 and writer.axis == len(tensor.shape) - 1
-        parts.append((project_rows if rows_are_written else project_columns)(blocks, store, d, strength))
-    norm, removed = (float(np.linalg.norm([getattr(p, n) for p in parts])) for n in ("norm", "removed"))
-    left = float(np.linalg.norm([p.leak * p.removed for p in parts]))
-    leak = left / removed if removed else 0.0
-    return EditRecord(writer.tensor, writer.role, writer.layer, norm, removed, leak, digest.hexdigest())
+    return f"{EARLIER}/{name.removeprefix(RECORDS + '/')}" if name.startswith(f"{RECORDS}/") else name
 
 
 def _gain(checkpoint: Checkpoint, writer: ResidualWriter) -> Float32Array | None:
     """The gain `[d_model]` between a writer and the stream."""
     if writer.gain is None:
         return None
-    tensor: TensorInfo = checkpoint.tensors[writer.gain]
+    tensor = checkpoint.tensors[writer.gain]
+    matrix = whole(tensor)
+    if matrix is None:
+        raise VerifyError(f"{tensor.file}: the gain '{tensor.name}' is stored as {tensor.dtype}")
     fd = os.open(checkpoint.path / tensor.file, os.O_RDONLY)
     try:
-        return read_rows(fd, tensor, 0, tensor.shape[0])[:, 0] + np.float32(writer.gain_offset)
+        gain: Float32Array = matrix.values(fd, np.arange(matrix.rows))[:, 0].astype(np.float32)
+        return gain + np.float32(writer.gain_offset)
     finally:
         os.close(fd)

@@ -9,22 +9,37 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abliterate.checkpoint import Checkpoint
-from abliterate.checkpoint.dtypes import EDITABLE
+from abliterate.checkpoint.storage import matrices
+from abliterate.edit.untie import Untied
 from abliterate.edit.writers import ResidualWriter, residual_writers
-from abliterate.errors import UnsupportedError
 from abliterate.model.sites import WriterSite
 
-Embeddings = Literal["edit", "keep"]
+Embeddings = Literal["edit", "keep", "untie"]
 
 
 @dataclass(frozen=True, slots=True)
 class EditPlan:
-    """The writers that will be edited; `kept` maps writers left alone to the reason; `untouched` counts the rest."""
+    """The writers that will be edited; `kept` maps writers left alone to the reason; `untouched` counts the rest.
+
+    `untied` names the embedding from whose bytes the LM head gets a tensor of its own, and that tensor;
+    `shared_head` is whether the base's head shares its embedding's weights.
+    """
 
     writers: tuple[ResidualWriter, ...]
     kept: dict[str, str]
     untouched: int
     source: str
+    untied: Untied | None = None
+    shared_head: bool = False
+
+    @property
+    def tied_head(self) -> str | None:
+        """What becomes of an LM head that shares the embedding's weights, in words; None where none does."""
+        if self.untied is not None:
+            return f"now has a tensor of its own, '{self.untied.head}', as it was"
+        if any(w.tied_to for w in self.writers):
+            return "shares the embedding's weights and loses the direction with it"
+        return "shares the embedding's weights, which were kept" if self.shared_head else None
 
     @property
     def sites(self) -> list[WriterSite]:
@@ -32,7 +47,7 @@ class EditPlan:
         sites = (WriterSite(w.layer, w.module, w.gain_parameter, w.gain_offset, w.centred) for w in self.writers)
         found = list(dict.fromkeys(sites))
         # A tied head reads through the edited embedding, and so loses what that was projected against.
-        tied = (w for w in self.writers if w.tied_to)
+        tied = (w for w in self.writers if w.tied_to and self.untied is None)
         return found + [WriterSite(None, "head", w.gain_parameter, w.gain_offset, w.centred) for w in tied]
 
 
@@ -40,7 +55,8 @@ def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit") -> EditPl
     """The plan to edit every residual writer of a checkpoint.
 
     With `embeddings="edit"` the stream loses the direction entirely; an embedding that is tied to the LM
-    head takes the direction out of what the head reads as well. With "keep", what the embedding writes
+    head takes the direction out of what the head reads as well. With "untie" the head gets a copy of its own first,
+    which is not edited; where they are not tied, that is the same as "edit". With "keep", what the embedding writes
     along the direction stays in the stream.
 
     Raises:
@@ -49,9 +65,8 @@ def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit") -> EditPl
     writers = residual_writers(checkpoint)
     kept = {w.tensor: "--embeddings keep" for w in writers if w.role == "embed" and embeddings == "keep"}
     edited = tuple(w for w in writers if w.tensor not in kept)
-    for tensor in (checkpoint.tensors[w.tensor] for w in edited):
-        if tensor.dtype not in EDITABLE:
-            raise UnsupportedError(
-                f"{checkpoint.path}: tensor '{tensor.name}' is stored as {tensor.dtype}; can edit {', '.join(EDITABLE)}"
-            )
-    return EditPlan(edited, kept, len(checkpoint.tensors) - len(writers), checkpoint.fingerprint)
+    for w in edited:
+        next(matrices(checkpoint, checkpoint.tensors[w.tensor], w.axis), None)  # raises where it cannot be edited
+    untied = next((Untied(w.tensor, w.tied_to) for w in edited if w.tied_to), None) if embeddings == "untie" else None
+    untouched, shared = len(checkpoint.tensors) - len(writers), any(w.tied_to for w in writers)
+    return EditPlan(edited, kept, untouched, checkpoint.fingerprint, untied, shared)

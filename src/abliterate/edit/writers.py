@@ -180,7 +180,7 @@ def _writer(checkpoint: Checkpoint, name: str, family: _Family) -> ResidualWrite
     """The writer that tensor `name` is, or None."""
     if _EMBEDDING.fullmatch(name):
         tied = not any(n.endswith("lm_head.weight") for n in checkpoint.tensors)
-        return ResidualWriter(name, "embed", None, 1, "embed", tied_to="lm_head" if tied else None)
+        return ResidualWriter(name, "embed", None, 1, "embed", tied_to="lm_head.weight" if tied else None)
     found = _LAYER.fullmatch(name)
     if found is None:
         return None

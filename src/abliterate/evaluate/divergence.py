@@ -94,20 +94,20 @@ def quantiles(values: Float64Array) -> str:
 def leak(
     model: ChatModel, rows: list[list[int]], direction: torch.Tensor, n_positions: int, batch_size: int
 ) -> Float64Array:
-    """`[n]` root mean square over layers and template tokens of `r̂ᵀh / ‖h‖` in a real forward pass, per prompt.
+    """`[n]` root mean square over layers and template tokens of `‖r̂ᵀh‖ / ‖h‖` in a real forward pass, per prompt.
 
-    Zero where nothing writes along `r̂`; 1/√d_model is what a random direction shows.
+    Zero where nothing writes along `r̂` (`[d_model]`, or `[k, d_model]`); √(k/d_model) is what random ones show.
     """
     from abliterate.model.hooks import record_resid_post
 
-    unit = direction.to(model.device, torch.float32)
+    unit = torch.atleast_2d(direction).to(model.device, torch.float32).T
     out = np.zeros(len(rows))
     for batch in batches(model, rows, batch_size, keep=n_positions):
         shares: list[torch.Tensor] = []
 
         def fold(_layer: int, hidden: torch.Tensor, shares: list[torch.Tensor] = shares) -> None:
             wanted = hidden[:, -n_positions:].float()
-            shares.append(((wanted @ unit) / wanted.norm(dim=-1)) ** 2)
+            shares.append(((wanted @ unit).norm(dim=-1) / wanted.norm(dim=-1)) ** 2)
 
         with record_resid_post(model, fold):
             model.model.base_model(**batch.inputs)

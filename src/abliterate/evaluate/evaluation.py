@@ -95,10 +95,10 @@ def evaluate_pair(
     """
     if base.chat.tokenizer.get_vocab() != edited.chat.tokenizer.get_vocab():
         raise VerifyError("base and edited model have different vocabularies: their distributions cannot be compared")
-    if direction is not None and not len(direction) == base.d_model == edited.d_model:
+    if direction is not None and not direction.shape[-1] == base.d_model == edited.d_model:
         raise VerifyError(
             f"base and edited model have streams of width {base.d_model} and {edited.d_model}, the direction that was "
-            f"removed has {len(direction)}: one is no edit of the other; give the edited model's own base"
+            f"removed has {direction.shape[-1]}: one is no edit of the other; give the edited model's own base"
         )
     base_harmful, base_harmless = _ask_both(base, questions, "base ", progress)
     harmful, harmless = _ask_both(edited, questions, "edited ", progress)

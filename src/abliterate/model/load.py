@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from abliterate.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from abliterate.model.chat import ChatFormat, load_tokenizer
@@ -97,9 +100,10 @@ def load_model(
     tokenizer = load_tokenizer(folder, chat_template)
     where = pick_device(device)
     try:
-        loaded: Any = _auto_class(folder).from_pretrained(
-            folder, dtype=pick_dtype(dtype, where), output_loading_info=True
-        )
+        with _without_bars():
+            loaded: Any = _auto_class(folder).from_pretrained(
+                folder, dtype=pick_dtype(dtype, where), output_loading_info=True
+            )
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(f"{folder}: transformers cannot load this model ({str(error)[:200]})") from None
     model: PreTrainedModel = loaded[0]
@@ -110,6 +114,18 @@ def load_model(
     model.generation_config = GenerationConfig(eos_token_id=stop)
     nn.Module.to(model, where).eval().requires_grad_(False)
     return ChatModel(model, ChatFormat(tokenizer, system_prompt))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the library's own loading bar away: ours says what happens."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _auto_class(folder: Path) -> Any:

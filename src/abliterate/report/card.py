@@ -30,10 +30,20 @@ It is meant to decline fewer requests than its base, including harmful ones.
 {% endif %}
 Use it for research, with safeguards of your own.
 
+{% if r.direction.layer is none %}
+- direction: {{ r.direction.method }}, strength {{ r.resolved.strength }}
+{% else %}
 - direction: difference of means at layer {{ r.direction.layer }}, position {{ r.direction.position }},
   strength {{ r.resolved.strength }}
+{% endif %}
 - edited: {{ r.edits|length }} tensors; all others are byte-identical to the base
-- largest leak of an edited matrix after the cast: {{ "%.2f"|format(100 * leak) }}%
+- largest leak of an edited matrix after the cast: {{ "%.1e"|format(leak) }} of what was there
+{% if r.tied_head %}
+- the LM head {{ r.tied_head }}
+{% endif %}
+{% if r.resolved.undo %}
+- `abliterate undo` restores the base bit for bit from the files in `abliteration/`
+{% endif %}
 {% if elsewhere %}
 - the direction was found on another checkpoint than the base
 {% endif %}

@@ -23,7 +23,8 @@ class RunRecord:
 
     `hub_id` is the base's name on the hub, if that is where it came from; `metrics` is a list of
     `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
-    edited tensor with its leak after the cast; `seconds` wall time for each step.
+    edited tensor with its leak after the cast; `tied_head` says what became of an LM head that shares the
+    embedding's weights; `seconds` wall time for each step.
     """
 
     model: str
@@ -36,6 +37,7 @@ class RunRecord:
     kept: dict[str, str]
     untouched: int
     seconds: dict[str, float]
+    tied_head: str | None = None
     prompts: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     verdicts: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class RunRecord:
     @property
     def direction_from_elsewhere(self) -> bool:
         """Whether the direction was found on another checkpoint than the one that was edited."""
-        return bool(self.direction.get("source", {}).get("model") != self.model_fingerprint)
+        return bool(self.direction["source"] and self.direction["source"].get("model") != self.model_fingerprint)
 
     @property
     def as_dict(self) -> dict[str, Any]:

@@ -37,6 +37,9 @@ def print_metrics(console: Console, metrics: list[dict[str, Any]], verdicts: dic
 
 def print_direction(console: Console, direction: dict[str, Any], max_kl: float) -> None:
     """Where a direction was found, what its causal test said, and the bounds that it breaks if a person named it."""
+    if direction["layer"] is None:
+        console.print(f"[bold]direction[/bold] {direction['method']}", highlight=False)
+        return
     where = f"layer {direction['layer']}, position {direction['position']}"
     console.print(f"[bold]direction[/bold] {where}: {_scores(direction['scores'])}")
     if broken_bounds := _broken_bounds(direction["scores"], max_kl):
@@ -51,8 +54,10 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
     worst = max((e["leak"] for e in record.edits), default=0.0)
     console.print(
         f"[bold]edited[/bold] {len(record.edits)} tensors, strength {record.resolved['strength']:g}, "
-        f"largest leak after the cast {worst:.2%}; {record.untouched + len(record.kept)} tensors byte-identical"
+        f"largest leak after the cast {worst:.1e}; {record.untouched + len(record.kept)} tensors byte-identical"
     )
+    if record.tied_head is not None:
+        console.print(f"[bold]LM head[/bold] {record.tied_head}", highlight=False)
     if record.metrics:
         print_metrics(console, record.metrics, record.verdicts)
     seconds = sum(record.seconds.values())

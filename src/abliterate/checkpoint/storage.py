@@ -1,0 +1,138 @@
+"""A tensor of a checkpoint as matrices: which axis runs down, which scales belong to its codes.
+
+Owns the layouts of fused, transposed and block-scaled tensors. Never knows why one axis is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+
+from abliterate.checkpoint.codecs import FP8, PLAIN, Array, codec
+from abliterate.checkpoint.folder import Checkpoint
+from abliterate.checkpoint.matrix import Matrix
+from abliterate.checkpoint.safetensors_file import TensorInfo
+from abliterate.errors import UnsupportedError
+
+#: Bytes of one piece of a matrix that can be worked on in pieces.
+PIECE = 64 << 20
+#: What the scales of a tensor's codes are called: DeepSeek's blocks, per-tensor and per-channel FP8.
+_FP8_SCALES = ("_scale_inv", "_scale")
+_MXFP4_CODES, _MXFP4_SCALES = "_blocks", "_scales"
+#: Scales of activations, which an edit of weights leaves as they are.
+_INPUT_SCALES = (".input_scale", ".activation_scale", ".input_scale_ub")
+
+
+def logical_name(checkpoint: Checkpoint, name: str) -> str | None:
+    """The name of the weight that a stored tensor is, or None for scales, which belong to another tensor's codes."""
+    tensors = checkpoint.tensors
+    if name.endswith(_INPUT_SCALES):
+        return None
+    for suffix in (*_FP8_SCALES, _MXFP4_SCALES):
+        stem = name.removesuffix(suffix)
+        if stem != name and (stem in tensors or stem + _MXFP4_CODES in tensors):
+            return None
+    stem = name.removesuffix(_MXFP4_CODES)
+    return stem if stem != name and stem + _MXFP4_SCALES in tensors else name
+
+
+def stored_axis(tensor: TensorInfo, axis: int) -> int:
+    """Where the axis of a weight lies in its stored form: MXFP4 experts are stored with their last two swapped."""
+    return {1: 2, 2: 1}[axis] if tensor.name.endswith(_MXFP4_CODES) and axis in (1, 2) else axis
+
+
+def matrices(checkpoint: Checkpoint, tensor: TensorInfo, axis: int) -> Iterator[Matrix]:
+    """A stored tensor as matrices with `axis` as their rows, or as their columns where it is the last one.
+
+    A fused tensor of experts `[E, d_model, d_ff]` is one matrix for each expert; `[E, d_ff, d_model]`, stored in one
+    piece, is one matrix of `E x d_ff` rows, and comes in pieces. A vector is a matrix of one column.
+
+    Raises:
+        UnsupportedError: the storage type cannot be edited along this axis.
+    """
+    if tensor.dtype in PLAIN:
+        yield from _plain(tensor, axis)
+        return
+    scales = _scales(checkpoint, tensor)
+    if scales is None:
+        raise UnsupportedError(
+            f"{checkpoint.path}: tensor '{tensor.name}' is stored as {tensor.dtype} without scales that are known; "
+            f"can edit {', '.join(PLAIN)}, FP8 with *{_FP8_SCALES[0]} or *{_FP8_SCALES[1]}, and MXFP4"
+        )
+    shape = (*tensor.shape[:-2], 2 * math.prod(tensor.shape[-2:])) if tensor.dtype == "U8" else tensor.shape
+    if axis != len(shape) - 2:
+        raise UnsupportedError(f"{checkpoint.path}: tensor '{tensor.name}': {tensor.dtype} cannot be edited on {axis=}")
+    n, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
+    for i in range(n):
+        own = scales if scales.size == 1 else scales.reshape(n, *scales.shape[len(shape) - 2 :])[i]
+        how = codec(tensor.dtype, (rows, columns), own, _block(checkpoint))
+        if how is None:
+            raise UnsupportedError(
+                f"{checkpoint.path}: tensor '{tensor.name}' of shape {list(tensor.shape)} has scales of shape "
+                f"{list(scales.shape)}, which are neither one, nor one for each row, nor one for each block of "
+                f"weight_block_size {_block(checkpoint)} in config.json"
+            )
+        yield Matrix(tensor.name, tensor.file, tensor.offset + i * (tensor.nbytes // n), rows, columns, how)
+
+
+def _plain(tensor: TensorInfo, axis: int) -> Iterator[Matrix]:
+    shape = tensor.shape
+    how = codec(tensor.dtype, shape)
+    assert how is not None
+    if axis == len(shape) - 1 and len(shape) > 1:
+        whole = Matrix(tensor.name, tensor.file, tensor.offset, math.prod(shape[:-1]), shape[-1], how)
+        step = max(1, PIECE // max(1, whole.row_bytes))
+        for start in range(0, whole.rows, step):
+            rows = min(step, whole.rows - start)
+            yield replace(whole, offset=whole.offset + start * whole.row_bytes, rows=rows)
+        return
+    columns, n = math.prod(shape[axis + 1 :]), math.prod(shape[:axis])
+    for i in range(n):
+        yield Matrix(tensor.name, tensor.file, tensor.offset + i * (tensor.nbytes // n), shape[axis], columns, how)
+
+
+def whole(tensor: TensorInfo) -> Matrix | None:
+    """A tensor as one matrix of plain numbers with its first axis down, or None where it is not plain."""
+    if tensor.dtype not in PLAIN:
+        return None
+    shape = tensor.shape or (1,)
+    how = codec(tensor.dtype, shape)
+    return Matrix(tensor.name, tensor.file, tensor.offset, shape[0], math.prod(shape[1:]), how) if how else None
+
+
+def _block(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    size = checkpoint.config.get("quantization_config", {}).get("weight_block_size")
+    return (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
+
+
+def _scales(checkpoint: Checkpoint, tensor: TensorInfo) -> Array | None:
+    """The scales that belong to a tensor's codes, as they are stored in shape; exponents as bytes for MXFP4."""
+    if tensor.dtype == "U8" and tensor.name.endswith(_MXFP4_CODES):
+        names: tuple[str, ...] = (tensor.name.removesuffix(_MXFP4_CODES) + _MXFP4_SCALES,)
+    elif tensor.dtype in FP8:
+        names = tuple(tensor.name + suffix for suffix in _FP8_SCALES)
+    else:
+        return None
+    found = next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
+    if found is None:
+        return None
+    fd = os.open(checkpoint.path / found.file, os.O_RDONLY)
+    try:
+        raw = np.frombuffer(os.pread(fd, found.nbytes, found.offset), dtype=np.uint8)
+    finally:
+        os.close(fd)
+    if found.dtype == "U8":
+        return raw.reshape(found.shape)
+    if found.dtype == "F8_E8M0":
+        powers: Array = raw.view(ml_dtypes.float8_e8m0fnu).astype(np.float32).reshape(found.shape)
+        return powers
+    how = codec(found.dtype, found.shape)
+    if how is None:
+        return None
+    values: Array = how.decode(raw.reshape(1, -1), np.arange(1)).reshape(found.shape)
+    return values

@@ -1,0 +1,40 @@
+"""`abliterate undo`: the base back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from abliterate.cli import console, options
+
+EPILOG = """
+[bold]Example[/bold]
+
+  abliterate undo demo-abliterated -o demo-base
+"""
+
+
+def undo(
+    edited: Annotated[str, typer.Argument(metavar="EDITED", help="A folder that run or edit wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.", metavar="OUT")],
+    as_json: options.Json = False,
+) -> None:
+    """Restore the base of EDITED bit for bit into OUT, from what the edit kept beside the weights.
+
+    Needs neither the base nor memory for the model; every restored tensor is checked by its hash.
+    """
+    from abliterate.at_rest import undo as undo_verb
+
+    with console.progress_bars() as steps:
+        restored = undo_verb(edited, output, steps=steps)
+    if as_json:
+        console.print_json(asdict(restored))
+    else:
+        console.stdout().print(
+            f"{restored.output}: the base, {restored.tensors} tensors restored and {restored.files} files checked by "
+            f"hash in {restored.seconds:.0f} s",
+            highlight=False,
+        )

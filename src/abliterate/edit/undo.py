@@ -1,0 +1,154 @@
+"""The base back, bit for bit, from an edited checkpoint and what its edit left beside it.
+
+Owns the note that names files and hashes, and the order of restoring. Never reads the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoint.codecs import Float32Array
+from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.matrix import Matrix
+from abliterate.checkpoint.storage import matrices
+from abliterate.checkpoint.stream import copy_file, copy_range, create, gaps, sync, tensor_sha256
+from abliterate.edit.shard import Workers
+from abliterate.edit.sidecar import read_records, restore
+from abliterate.edit.untie import BASE_FILES
+from abliterate.errors import CheckpointError, VerifyError
+from abliterate.model.progress import Progress, silent
+
+#: In the folder of records: the note, and the folder of the sidecars, one for each file of weights.
+NOTE, SIDECARS = "undo.json", "undo"
+SCHEMA = 1
+#: Where the records of an earlier edit make room for those of the last.
+EARLIER = f"{RECORDS}/base"
+
+
+@dataclass(frozen=True)
+class RestoredFile:
+    """One file of weights: its name in the base and in the edited checkpoint, its sidecar, its edited tensors.
+
+    `tensors` holds name, residual axis and the hash that the base's bytes have; `sidecar` is None where none is edited.
+    """
+
+    file: str
+    stored_as: str
+    sidecar: str | None
+    tensors: list[tuple[str, int, str]]
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """What it takes to restore the base: its fingerprint, its files of weights, the hashes of its side files."""
+
+    base: str
+    files: list[RestoredFile]
+    side_files: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Write the note into the records of an edited checkpoint."""
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+        (folder / RECORDS / NOTE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> WayBack:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: there is none, or one that cannot be read.
+        """
+        path = folder / RECORDS / NOTE
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if value.pop("schema") != SCHEMA:
+                raise ValueError("another schema; use the version that wrote it")
+            files = [RestoredFile(**{**f, "tensors": [tuple(t) for t in f["tensors"]]}) for f in value.pop("files")]
+            return cls(files=files, **value)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder}: holds no {RECORDS}/{NOTE}; only edits made with it (not --no-undo) can be taken back"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def undo_edit(edited: Path, out: Path, progress: Progress = silent, threads: int = 2) -> WayBack:
+    """Write the base of `edited` into the existing folder `out`; what was restored, every hash of it checked.
+
+    Raises:
+        CheckpointError: the edit kept no way back, or it is damaged.
+        VerifyError: what comes out is not the base: the edited weights were changed since.
+        ResourceError: the disk is full.
+    """
+    way_back, checkpoint = WayBack.load(edited), open_checkpoint(edited)
+    for name, sha256 in way_back.side_files.items():
+        _restore_side_file(edited, out, name, sha256)
+    with Workers.start(threads) as workers:
+        jobs: list[Future[None]] = [
+            workers.compute.submit(_restore_weights, checkpoint, file, out, progress) for file in way_back.files
+        ]
+        for job in jobs:
+            job.result()
+    sync(out)
+    if open_checkpoint(out).fingerprint != way_back.base:
+        raise VerifyError(f"{edited}: what comes out is not the base that was edited; files of it were changed since")
+    return way_back
+
+
+def _restore_side_file(edited: Path, out: Path, name: str, sha256: str) -> None:
+    """A file that is not weights: as the edit set it aside, or as it still is."""
+    earlier = f"{EARLIER}/{name.removeprefix(RECORDS + '/')}" if name.startswith(f"{RECORDS}/") else name
+    places = [edited / BASE_FILES / name, edited / earlier]
+    source = next((p for p in places if p.is_file()), None)
+    if source is None or file_sha256(source) != sha256:
+        raise VerifyError(f"{edited / name}: not as it was when the edit was made; the base cannot be restored from it")
+    copy_file(source, out / name)
+
+
+def _restore_weights(checkpoint: Checkpoint, file: RestoredFile, out: Path, progress: Progress) -> None:
+    target = out / file.file
+    create(target, (checkpoint.path / file.stored_as).stat().st_size)
+    old, new = os.open(checkpoint.path / file.stored_as, os.O_RDONLY), os.open(target, os.O_RDWR)
+    try:
+        tensors = [checkpoint.tensors[name] for name, *_ in file.tensors]
+        for start, stop in gaps(((t.offset, t.offset + t.nbytes) for t in tensors), os.fstat(new).st_size):
+            copy_range(old, new, start, stop, file.stored_as)
+        if file.sidecar is not None:
+            axes = [axis for _, axis, _ in file.tensors]
+            pieces = [list(matrices(checkpoint, t, axis)) for t, axis in zip(tensors, axes, strict=True)]
+            _restore_rows(checkpoint.path / RECORDS / file.sidecar, pieces, old, new)
+        for tensor, (name, _, sha256) in zip(tensors, file.tensors, strict=True):
+            if tensor_sha256(new, tensor) != sha256:
+                raise VerifyError(f"{file.stored_as}: '{name}' was changed since the edit, and cannot be restored")
+            progress(1)
+        os.fsync(new)
+    finally:
+        os.close(old)
+        os.close(new)
+
+
+def _restore_rows(sidecar: Path, pieces: list[list[Matrix]], old: int, new: int) -> None:
+    shared: dict[tuple[int, int], tuple[Float32Array, Float32Array | None]] = {}
+    for record in read_records(sidecar):
+        try:
+            matrix = pieces[record.tensor][record.piece]
+            if not len(record.rows):
+                shared[record.tensor, record.piece] = record.factor, record.scale
+                continue
+            right, scale = shared[record.tensor, record.piece]
+        except LookupError:
+            raise CheckpointError(f"{sidecar}: damaged: it names tensors that were not edited") from None
+        edited = matrix.read(old, record.rows)
+        matrix.write(new, record.rows, restore(matrix, record, right, scale, edited))
