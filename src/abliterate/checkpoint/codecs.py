@@ -57,6 +57,10 @@ class Codec(Protocol):
         """The nearest stored form of `values` `[n, columns]`, which is overwritten with what that form reads."""
         ...
 
+    def words(self, values: Array, rows: npt.NDArray[np.intp]) -> Array:
+        """The same stored form as unsigned integers, one for each element (or byte); `values` is used up."""
+        ...
+
 
 class Plain:
     """Elements that are numbers by themselves: float64, float32, float16, bfloat16."""
@@ -79,17 +83,25 @@ class Plain:
         np.left_shift(stored, np.uint32(16), out=wide, dtype=np.uint32, casting="unsafe")
         return wide.view(np.float32)
 
-    def round(self, values: Array, rows: npt.NDArray[np.intp]) -> Raw:  # noqa: ARG002
+    def round(self, values: Array, rows: npt.NDArray[np.intp]) -> Raw:
         """To nearest, float16 ties to even, bfloat16 ties away from zero (as an edit's sums never tie)."""
         if self.dtype == "BF16":
+            stored = np.ascontiguousarray(self.words(values, rows))
             bits = values.view(np.uint32)
-            bits += np.uint32(0x8000)
             bits &= np.uint32(0xFFFF0000)
-            return (bits >> np.uint32(16)).astype(np.uint16).view(np.uint8)
+            return stored.view(np.uint8)
         with np.errstate(over="ignore"):  # overflow shows as infinity, which the caller looks for
             stored = values.astype(_PLAIN[self.dtype])
         values[...] = stored
         return stored.view(np.uint8)
+
+    def words(self, values: Array, rows: npt.NDArray[np.intp]) -> Array:
+        """The bits of the nearest numbers; of bfloat16 a view of the upper halves of `values`."""
+        if self.dtype != "BF16":
+            return self.round(values, rows).view(f"<u{_PLAIN[self.dtype].itemsize}")
+        bits = values.view(np.uint32)
+        bits += np.uint32(0x8000)
+        return values.view(np.uint16)[:, 1::2]
 
 
 class Scaled:
@@ -125,6 +137,8 @@ class Scaled:
         values[...] = stored.astype(np.float32) * scale
         return stored.view(np.uint8)
 
+    words = round
+
 
 class Mxfp4:
     """Microscaling FP4 (OCP MX): two E2M1 codes in a byte, low half first, one power of two for 32 elements."""
@@ -158,6 +172,8 @@ class Mxfp4:
         values[...] = _FP4_VALUES[codes] * scale
         packed: Raw = codes[:, 0::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
         return packed
+
+    words = round
 
 
 def codec(

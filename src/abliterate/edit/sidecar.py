@@ -12,19 +12,20 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import zstandard
 
-from abliterate.checkpoint.codecs import Array, Codec, Float32Array, Raw
+from abliterate.checkpoint.codecs import Array, Float32Array, Raw
 from abliterate.checkpoint.matrix import Matrix, Rows
 from abliterate.checkpoint.stream import copy_range, create
 from abliterate.edit.projection import Along, Undo
 from abliterate.errors import CheckpointError, ResourceError
 
-#: Of a record: tensor, piece of it, rows in the block (0: factors that hold for the piece), k, columns, scaled, bytes.
-_HEAD = struct.Struct("<IIIHI?Q")
+#: Of a record: tensor, piece of it, rows in the block (0: factors that hold for the piece), k, columns, whether there
+#: are scales, words that differ from the prediction, the first of them, bytes packed.
+_HEAD = struct.Struct("<IIIHI?IIQ")
 _LEVEL = 1
 
 
@@ -36,6 +37,7 @@ class Record(NamedTuple):
     rows: Rows
     factor: Float32Array
     scale: Float32Array | None
+    where: Array
     rest: bytes
 
 
@@ -57,24 +59,33 @@ class Sidecar:
             by_row = along.scale is not None and along.scale.shape[0] == len(rows) and along.scale.shape[1] == 1
             if not begun:
                 begun = True
-                shared = None if by_row else along.scale
-                self._write(tensor, piece, np.empty(0, np.intp), along.right, shared, b"")
-            predicted = matrix.codec.round(along.restored(after), rows)
-            word = _word(matrix.codec, matrix.columns)
-            rest = before.view(word) - np.ascontiguousarray(predicted).view(word)
-            self._write(tensor, piece, rows, along.left, along.scale if by_row else None, rest.tobytes())
+                none = np.empty(0, "<u4")
+                self._write(tensor, piece, none, along.right, None if by_row else along.scale, none, none)
+            predicted = matrix.codec.words(along.restored(after), rows)
+            rest = (before.view(predicted.dtype) - predicted).ravel()
+            # Mostly nought: where the others are, and what, goes through the compressor many times faster.
+            where = np.flatnonzero(rest != 0).astype("<u4")
+            self._write(tensor, piece, rows, along.left, along.scale if by_row else None, where, rest[where])
 
         return record
 
     def _write(
-        self, tensor: int, piece: int, rows: Rows, factor: Float32Array, scale: Float32Array | None, rest: bytes
+        self,
+        tensor: int,
+        piece: int,
+        rows: Rows,
+        factor: Float32Array,
+        scale: Float32Array | None,
+        where: Array,
+        rest: Array,
     ) -> None:
-        parts = [rows.astype("<u4").tobytes(), np.ascontiguousarray(factor, "<f4").tobytes()]
+        parts = [rows.astype("<u4"), factor.astype("<f4"), np.diff(where, prepend=where[:1]), rest]
         if scale is not None:
-            parts.append(np.ascontiguousarray(scale, "<f4").tobytes())
-        packed = zstandard.compress(b"".join((*parts, rest)), _LEVEL)
+            parts.insert(2, scale.astype("<f4"))
+        packed = zstandard.compress(b"".join(part.tobytes() for part in parts), _LEVEL)
         k, columns = (factor.shape[1], 0) if len(rows) else factor.shape
-        head = _HEAD.pack(tensor, piece, len(rows), k, columns, scale is not None, len(packed))
+        first = int(where[0]) if len(where) else 0
+        head = _HEAD.pack(tensor, piece, len(rows), k, columns, scale is not None, len(where), first, len(packed))
         try:
             with self._lock:
                 self._records.append((tensor, piece, self._file.tell(), len(head) + len(packed)))
@@ -111,31 +122,29 @@ def read_records(path: Path) -> Iterator[Record]:
     try:
         with path.open("rb") as file:
             while head := file.read(_HEAD.size):
-                tensor, piece, n, k, columns, scaled, size = _HEAD.unpack(head)
-                yield _unpacked(tensor, piece, n, k, columns, scaled, file.read(size))
+                tensor, piece, n, k, columns, scaled, differ, first, size = _HEAD.unpack(head)
+                data = zstandard.decompress(file.read(size))
+                yield _unpacked((tensor, piece), (n, k, columns, scaled), differ, first, data)
     except (OSError, struct.error, zstandard.ZstdError, ValueError) as error:
         raise CheckpointError(f"{path}: the way back is damaged ({error})") from None
 
 
-def _unpacked(tensor: int, piece: int, n: int, k: int, columns: int, scaled: bool, packed: bytes) -> Record:
-    data = zstandard.decompress(packed)
-    sizes = [4 * n, 4 * k * (n or columns), 4 * (n or columns) * scaled]
-    a, b, c = np.cumsum(sizes).tolist()
+def _unpacked(
+    whose: tuple[int, int], shape: tuple[int, int, int, bool], differ: int, first: int, data: bytes
+) -> Record:
+    n, k, columns, scaled = shape
+    sizes = [4 * n, 4 * k * (n or columns), 4 * (n or columns) * scaled, 4 * differ]
+    a, b, c, e = np.cumsum(sizes).tolist()
+    where = np.cumsum(np.frombuffer(data[c:e], "<u4"), dtype=np.int64) + first
     factor = np.frombuffer(data[a:b], "<f4").reshape((n, k) if n else (k, columns))
     scale = np.frombuffer(data[b:c], "<f4").reshape((n, 1) if n else (1, columns)) if scaled else None
-    return Record(tensor, piece, np.frombuffer(data[:a], "<u4").astype(np.intp), factor, scale, data[c:])
+    return Record(*whose, np.frombuffer(data[:a], "<u4").astype(np.intp), factor, scale, where, data[e:])
 
 
 def restore(matrix: Matrix, record: Record, right: Float32Array, scale: Float32Array | None, edited: Raw) -> Raw:
     """The raw rows before the edit, from the edited ones and their record."""
     values = matrix.codec.decode(edited, record.rows)
     along = Along(record.factor, right, record.scale if record.scale is not None else scale)
-    predicted = np.ascontiguousarray(matrix.codec.round(along.restored(values), record.rows))
-    word = _word(matrix.codec, matrix.columns)
-    total: Array = predicted.view(word) + np.frombuffer(record.rest, word).reshape(len(record.rows), -1)
-    return total.view(np.uint8)
-
-
-def _word(codec: Codec, columns: int) -> np.dtype[Any]:
-    """The unsigned integer as wide as one element, so that neighbours on the grid differ by one."""
-    return np.dtype(f"<u{max(1, codec.row_bytes(columns) // max(1, columns))}")
+    words = np.ascontiguousarray(matrix.codec.words(along.restored(values), record.rows))
+    words.ravel()[record.where] += np.frombuffer(record.rest, words.dtype)
+    return words.view(np.uint8)
