@@ -25,7 +25,8 @@ def save_arrays(path: Path, kind: str, arrays: dict[str, npt.NDArray[Any]], note
     """Write `arrays` and `note`; the same values give the same bytes."""
     # One metadata entry: safetensors writes several in random order.
     envelope = json.dumps({"kind": kind, "schema": SCHEMA, **note}, ensure_ascii=False)
-    save_file(arrays, path, metadata={_KEY: envelope})
+    # Stored as they lie in memory: a transposed view would come back with its numbers in another order.
+    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path, metadata={_KEY: envelope})
 
 
 def load_arrays(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, Any]]:

@@ -141,8 +141,14 @@ def test_names_that_are_not_the_class_s_own_are_refused_or_left_alone(
     every = {n: None for n in names if n.startswith(f"{block}block_sparse_moe.experts.") and n.endswith("w2.weight")}
     with pytest.raises(UnsupportedError, match=r"missing.*layers\.1\..*w2\.weight"):
         residual_writers(open_checkpoint(changed(folder, tmp_path / "lacking", every)))
-    ahead = {f"model.layers.{len(names)}.mtp.weight": torch.zeros(4, 4), "vision.patch.weight": torch.zeros(4, 4)}
-    found = residual_writers(open_checkpoint(changed(folder, tmp_path / "ahead", ahead)))
+    config = json.loads((folder / "config.json").read_text())
+    n = config["num_hidden_layers"]
+    ahead = {f"model.layers.{n}.mtp.weight": torch.zeros(4, 4), "vision.patch.weight": torch.zeros(4, 4)}
+    with_ahead = changed(folder, tmp_path / "ahead", ahead)
+    with pytest.raises(UnsupportedError, match=f"there are {n} layers"):
+        residual_writers(open_checkpoint(with_ahead))
+    (with_ahead / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    found = residual_writers(open_checkpoint(with_ahead))
     assert expert in {w.tensor for w in found} and not ahead.keys() & {w.tensor for w in found}
 
 

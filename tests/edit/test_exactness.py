@@ -224,5 +224,5 @@ def test_a_known_family_with_a_weight_that_cannot_be_placed_is_refused(tiny: Tin
         plan_edit(open_checkpoint(model))
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, model / "model.safetensors")
-    with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp\.down_proj\.weight \(missing\)"):
+    with pytest.raises(UnsupportedError, match=r"missing.*layers\.1\.mlp\.down_proj\.weight"):
         plan_edit(open_checkpoint(model))

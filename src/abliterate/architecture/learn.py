@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from abliterate.architecture.patterns import Architecture, Gain, WriterPattern, merge
 from abliterate.architecture.probe import Finding, Writer, probe, random_unit, removed_from
@@ -40,7 +41,7 @@ def _learned(folder: Path, _config: bytes) -> Architecture:
     """What is known for as long as the folder's configuration stays as it is."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise UnsupportedError(f"transformers does not know this architecture ({str(error)[:110]}…)") from None
     return learn_config(config)
 
@@ -61,23 +62,31 @@ def learn_config(config: PreTrainedConfig) -> Architecture:
 
 def _describe(model_type: str, finding: Finding, traced: Trace) -> Architecture:
     sites = _sites(finding)
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in finding.stream.model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    parameters = dict(finding.stream.model.named_parameters(remove_duplicate=False))
+    embedding, head = _embedding_and_head(finding.stream.model, traced)
     found: list[WriterPattern] = []
     for writer, site in zip(finding.writers, sites, strict=True):
-        also = [n for n in aliases[id(parameters[writer.parameter])] if n != writer.parameter]
         gain = None
         if writer.gain is not None:
             g, stored = writer.gain.parameter, None
             stored = traced.same(g) if g is not None else None
             gain = Gain(stored, _local(finding, writer, g), writer.gain.offset, writer.gain.centred)
-        found += [
-            WriterPattern(t.name, t.axis, _role(writer), writer.layer, gain, site, also[0] if also else None)
-            for t in traced.writer(writer)
-        ]
+        for t in traced.writer(writer):
+            beside = head if t.name == embedding else None
+            found.append(WriterPattern(t.name, t.axis, _role(writer), writer.layer, gain, site, beside))
     return merge(model_type, found, traced.names, len(finding.stream.calls), finding.after)
+
+
+def _embedding_and_head(model: PreTrainedModel, traced: Trace) -> tuple[str | None, str | None]:
+    """The tensors of token embedding and LM head; the latter by its parameter's name where the two are one."""
+    named = {id(p): name for name, p in model.named_parameters()}
+    heads = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}  # the last name of each
+    found: list[str | None] = []
+    for module, names in ((model.get_input_embeddings(), named), (model.get_output_embeddings(), heads)):
+        name = names.get(id(getattr(module, "weight", None)))
+        found.append(traced.tensor_of(name) if name is not None else None)
+        if name is not None and found[-1] == found[0] and names is heads:
+            found[-1] = name
+    return found[0], found[1]
 
 
 def _role(writer: Writer) -> str:

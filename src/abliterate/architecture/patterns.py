@@ -33,7 +33,8 @@ class WriterPattern:
     """Tensors that write to the stream along `axis`: a name with `{layer}` and `{n}` for numbers that run.
 
     `layer` is a layer of the twin, or None outside the blocks. `module` is the path (within the block, or of the
-    model outside) of the module whose output carries what is written; `tied_to` what else the tensor is.
+    model outside) of the module whose output carries what is written; `head` is the tensor of the LM head beside the
+    token embedding: a checkpoint without it has the head read from the embedding.
     """
 
     tensor: str
@@ -42,7 +43,7 @@ class WriterPattern:
     layer: int | None
     gain: Gain | None
     module: str
-    tied_to: str | None
+    head: str | None
 
 
 @dataclass(frozen=True)

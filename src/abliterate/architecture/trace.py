@@ -61,6 +61,11 @@ class Trace:
             found.append(FileTensor(self.names[index], axes[0]))
         return found
 
+    def tensor_of(self, parameter: str) -> str | None:
+        """The tensor that a parameter is read from, or None where it is not one."""
+        which = self.tensor[parameter].unique()
+        return self.names[int(which[0])] if len(which) == 1 and which[0] >= 0 else None
+
     def same(self, parameter: str) -> str:
         """The one tensor that a parameter is, element by element.
 

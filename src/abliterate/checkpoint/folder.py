@@ -24,6 +24,8 @@ FOREIGN_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"
 NOT_SIDE_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
 #: The folder in which an edited checkpoint carries the record of its edit.
 RECORDS = "abliteration"
+#: Values of `quant_method` whose weights are codes with scales beside them: FP8 of several makers, and MXFP4.
+QUANTISED = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
 _SAMPLE = 1 << 16
 
 
@@ -55,14 +57,27 @@ class Checkpoint:
         """Number of layers of the language model, by config.json.
 
         Raises:
-            UnsupportedError: it does not say.
+            CheckpointError: it does not say.
         """
-        parts = [self.config, *(v for v in self.config.values() if isinstance(v, dict) and "vocab_size" in v)]
-        for part in parts:
+        for part in self._language:
             for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-                if isinstance(part.get(name), int):
-                    return int(part[name])
-        raise UnsupportedError(f"{self.path}: config.json does not say how many layers the language model has")
+                value = part.get(name)
+                if isinstance(value, int) and not isinstance(value, bool):
+                    return value
+                if value is not None:
+                    raise CheckpointError(f"{self.path}: config.json: {name} is {value!r}; expected a number of layers")
+        raise CheckpointError(f"{self.path}: config.json does not say how many layers the language model has")
+
+    @property
+    def n_further_layers(self) -> int:
+        """Layers stored behind the last that predict further tokens, by config.json."""
+        numbers = (v for part in self._language for k, v in part.items() if "nextn" in k or "mtp" in k)
+        return sum(v for v in numbers if isinstance(v, int))
+
+    @property
+    def _language(self) -> list[dict[str, Any]]:
+        """The configuration, and the part of it that is the language model's."""
+        return [self.config, *(v for v in self.config.values() if isinstance(v, dict) and "vocab_size" in v)]
 
     @property
     def model_type(self) -> str:
@@ -80,11 +95,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a Hugging Face checkpoint folder or a hub id org/name")
     config = _read_json(path / "config.json", "every Hugging Face checkpoint has one")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedError(
-            f"{path}: weights are quantised ({method}); start from the model's bf16 or f16 checkpoint"
-        )
+    _check_quantisation(path, config)
     files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
     shards = _shard_names(path, files)
     tensors: dict[str, TensorInfo] = {}
@@ -99,12 +110,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", tensors, config, shards, side, left_out, _fingerprint(path, shards))
 
 
+def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
+    """Refuse the ways to quantise whose codes cannot be edited one by one."""
+    stated = config.get("quantization_config")
+    if not stated:
+        return
+    method = str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
+    if method not in QUANTISED:
+        raise UnsupportedError(
+            f"{path}: weights are quantised by '{method}', which packs several weights into one word or stores them in "
+            f"a form that only its own kernels read; edit the model's bf16 or f16 checkpoint and quantise the result "
+            f"(of quantised ones, {', '.join(QUANTISED)} can be edited as they are)"
+        )
+
+
 def _hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") and part != ".gitattributes" for part in file.relative_to(root).parts)
 
 
 def _is_foreign(name: str) -> bool:
-    return name in NOT_SIDE_FILES or name.lower().endswith(FOREIGN_WEIGHTS)
+    """Whether a file holds weights, or what training left; the records of an edit are neither, directions included."""
+    return not name.startswith(f"{RECORDS}/") and (name in NOT_SIDE_FILES or name.lower().endswith(FOREIGN_WEIGHTS))
 
 
 def _read_json(file: Path, why: str) -> dict[str, Any]:

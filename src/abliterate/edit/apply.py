@@ -117,7 +117,7 @@ def apply_edit(
             if kept.done(step):
                 progress(len(by_shard[shard]))
                 continue
-            way_back = out / RECORDS / SIDECARS / f"{i:05d}.bin" if undo else None
+            way_back = out / RECORDS / SIDECARS / f"{i:05d}.undo" if undo else None
             source, target = checkpoint.path / shard, out / shard
             done, before = write_shard(source, target, by_shard[shard], workers, way_back, progress)
             result = {"records": [asdict(r) for r in done], "before": before}
@@ -145,7 +145,7 @@ def _way_back(checkpoint: Checkpoint, plan: EditPlan, results: dict[str, Any]) -
         RestoredFile(
             shard,
             moved(checkpoint).get(shard, shard) if plan.untied else shard,
-            f"{SIDECARS}/{i:05d}.bin" if result["before"] else None,
+            f"{SIDECARS}/{i:05d}.undo" if result["before"] else None,
             [(name, axes[name], sha256) for name, sha256 in result["before"].items()],
         )
         for i, (shard, result) in enumerate(results.items())

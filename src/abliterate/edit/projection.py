@@ -249,7 +249,8 @@ def _order(d: Array, columns: int, carry: bool) -> Iterator[tuple[Rows, Array | 
     outer = d[order, :, None].astype(np.float64) * d[order, None, :] * able[order, None, None]
     left_over = np.cumsum(outer[::-1], axis=0)[::-1]
     energy = -np.trace(left_over, axis1=1, axis2=2)
-    ridge = 1e-9 * np.eye(d.shape[1])
+    # With several directions the last few rows span not all of them: what they can hardly take on is left.
+    ridge = _FLOOR**2 * d.shape[1] / n * np.eye(d.shape[1])
     start, spread = 0, max(1, n // _SPREAD)
     while start < n:
         if start < n - len(last):

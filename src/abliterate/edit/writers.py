@@ -1,16 +1,18 @@
 """Which tensors of a checkpoint write to the residual stream, on which axis, behind which gain.
 
-Owns the table of families, the match between a checkpoint's names and what was learned of its class, and the rule
-that every tensor of a block must be placed. Never reads tensor data.
+Owns the match between a checkpoint's names and what is known of its class, and the rule that every tensor of a block
+must be placed. Never reads tensor data.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from abliterate.architecture.patterns import LAYER, Architecture, WriterPattern, regex
-from abliterate.checkpoint import Checkpoint
+from abliterate.architecture import kept
+from abliterate.architecture.patterns import LAYER, Architecture, Gain, WriterPattern, regex
+from abliterate.checkpoint import Checkpoint, TensorInfo
+from abliterate.checkpoint.storage import logical_name, stored_axis
 from abliterate.errors import UnsupportedError
 
 
@@ -36,63 +38,27 @@ class ResidualWriter:
     tied_to: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What differs between Llama-like families: the norms behind the writers, and Gemma's `1 + gain`."""
-
-    attention_norm: str | None = None
-    mlp_norm: str | None = None
-    gain_offset: float = 0.0
-
-
-_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-FAMILIES: dict[str, _Family] = {
-    "llama": _Family(),
-    "mistral": _Family(),
-    "qwen2": _Family(),
-    "qwen3": _Family(),
-    "phi3": _Family(),
-    "gemma2": _Family(*_POST_NORMS, gain_offset=1.0),
-    "gemma3_text": _Family(*_POST_NORMS, gain_offset=1.0),
-    "olmo2": _Family(*_POST_NORMS),
-}
-
-_LAYER = re.compile(r"(?P<prefix>(?:model\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)")
-_EMBEDDING = re.compile(r"(?:model\.)?embed_tokens\.weight")
-_WRITERS: dict[str, str] = {"self_attn.o_proj": "attention out", "mlp.down_proj": "MLP out"}
-#: What reads the stream, normalises it, or never touches it; left alone.
-_BYSTANDERS = re.compile(
-    r"(?:model\.)?norm\.weight|lm_head\.(?:weight|bias)|(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|"
-    r"(?:model\.)?layers\.\d+\.(?:"
-    r"self_attn\.(?:q|k|v|qkv)_proj\.(?:weight|bias)|self_attn\.[qk]_norm\.weight|"
-    r"mlp\.(?:gate|up|gate_up)_proj\.(?:weight|bias)|"
-    r"(?:input|post_attention|pre_feedforward|post_feedforward)_layernorm\.weight)"
-)
-
-
-def residual_writers(checkpoint: Checkpoint) -> list[ResidualWriter]:
+def residual_writers(checkpoint: Checkpoint, known: Architecture | None = None) -> list[ResidualWriter]:
     """Every tensor of the checkpoint that writes to the residual stream, in checkpoint order.
 
-    Every other tensor is known to read the stream, or the call fails: a writer that is overlooked would
-    leave part of the direction behind without a word.
+    Every other tensor of a block is known to read the stream, or the call fails: a writer that is overlooked would
+    leave part of the direction behind without a word. What writes is as `known`, or kept from earlier experiments on
+    such a configuration, or learned by experiment now.
 
     Raises:
-        UnsupportedError: the family is not known, or has tensors that cannot be placed; names them.
+        UnsupportedError: no edit can be exact, or there are tensors that cannot be placed; names them.
     """
-    family = FAMILIES.get(checkpoint.model_type)
-    if family is None:
-        return _placed(checkpoint, _learned(checkpoint))
-    writers, unplaced = [], []
-    for name in checkpoint.tensors:
-        writer = _writer(checkpoint, name, family)
-        if writer is not None:
-            writers.append(writer)
-        elif _BYSTANDERS.fullmatch(name) is None:
-            unplaced.append(name)
-    if unplaced:
-        _refuse(checkpoint, unplaced)
-    _check_complete(checkpoint, writers)
-    return writers
+    if known is not None:
+        return _placed(checkpoint, known)
+    found = kept.find(checkpoint.config)
+    if isinstance(found, str):
+        raise _unknown(checkpoint, f"architecture '{checkpoint.model_type}': no edit can be exact: {found}")
+    if found is not None:
+        try:
+            return _placed(checkpoint, found)
+        except UnsupportedError:
+            pass  # its sizes, which are not compared, may make other layers than those seen: look at them
+    return _placed(checkpoint, _learned(checkpoint))
 
 
 def _learned(checkpoint: Checkpoint) -> Architecture:
@@ -102,10 +68,14 @@ def _learned(checkpoint: Checkpoint) -> Architecture:
     try:
         return learn(checkpoint.path)
     except UnsupportedError as error:
-        raise UnsupportedError(
-            f"{checkpoint.path}: {error}; cannot tell which of {len(checkpoint.tensors)} weights write to the residual "
-            f"stream: {', '.join(list(checkpoint.tensors)[:4])}, …"
-        ) from None
+        raise _unknown(checkpoint, str(error)) from None
+
+
+def _unknown(checkpoint: Checkpoint, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{checkpoint.path}: {why}; cannot tell which of {len(checkpoint.tensors)} weights write to the residual "
+        f"stream: {', '.join(list(checkpoint.tensors)[:4])}, …"
+    )
 
 
 def _refuse(checkpoint: Checkpoint, names: list[str]) -> None:
@@ -122,21 +92,27 @@ def _placed(checkpoint: Checkpoint, known: Architecture) -> list[ResidualWriter]
     Raises:
         UnsupportedError: names or shapes are not those of the class; names the difference.
     """
+    known = _as_named(checkpoint, known)
     patterns = [(regex(p.tensor), p) for p in known.writers]
     bystanders = [regex(p) for p in known.bystanders]
     in_block = re.compile(rf"{re.escape(known.prefix)}(\d+)\.")
     writers, unplaced, matched = list[ResidualWriter](), [], dict[int, set[str]]()
     n_layers = checkpoint.n_layers
-    for name in checkpoint.tensors:
-        inside = in_block.match(name)
+    for name, tensor in checkpoint.tensors.items():
+        logical = logical_name(checkpoint, name)
+        if logical is None or _is_leftover(tensor):
+            continue
+        inside = in_block.match(logical)
+        if inside is not None and n_layers <= int(inside[1]) < n_layers + checkpoint.n_further_layers:
+            continue  # heads that predict further tokens are stored as layers behind the last; left alone
         if inside is not None and int(inside[1]) >= n_layers:
-            continue  # heads that predict further tokens are stored as layers beyond the last; left alone
-        found = next((p for expression, p in patterns if expression.fullmatch(name)), None)
+            raise UnsupportedError(f"{checkpoint.path}: has '{name}', but by config.json there are {n_layers} layers")
+        found = next((p for expression, p in patterns if expression.fullmatch(logical)), None)
         if found is not None:
             layer = int(inside[1]) if inside is not None else None
             writers.append(_by_pattern(checkpoint, name, layer, found))
             matched.setdefault(-1 if layer is None else layer, set()).add(found.tensor)
-        elif inside is not None and not any(expression.fullmatch(name) for expression in bystanders):
+        elif inside is not None and not any(expression.fullmatch(logical) for expression in bystanders):
             unplaced.append(name)
     if unplaced:
         _refuse(checkpoint, unplaced)
@@ -147,18 +123,54 @@ def _placed(checkpoint: Checkpoint, known: Architecture) -> list[ResidualWriter]
     return writers
 
 
+def _as_named(checkpoint: Checkpoint, known: Architecture) -> Architecture:
+    """The architecture in the names of a checkpoint that was saved without its head: all lack the first part."""
+    first = known.prefix.split(".")[0] + "."
+    if any(name.startswith(first) for name in checkpoint.tensors):
+        return known
+
+    def short(name: str) -> str:
+        return name.removeprefix(first)
+
+    def short_gain(gain: Gain | None) -> Gain | None:
+        return replace(gain, tensor=short(gain.tensor)) if gain is not None and gain.tensor is not None else gain
+
+    writers = tuple(replace(w, tensor=short(w.tensor), gain=short_gain(w.gain)) for w in known.writers)
+    kinds = tuple(frozenset(short(n) for n in kind) for kind in known.kinds)
+    return replace(
+        known, prefix=short(known.prefix), writers=writers, bystanders=tuple(map(short, known.bystanders)), kinds=kinds
+    )
+
+
 def _by_pattern(checkpoint: Checkpoint, name: str, layer: int | None, p: WriterPattern) -> ResidualWriter:
-    if len(checkpoint.tensors[name].shape) <= p.axis:
-        raise UnsupportedError(f"{checkpoint.path}: '{name}' has shape {list(checkpoint.tensors[name].shape)}")
-    tied = p.tied_to if p.tied_to is not None and p.tied_to not in checkpoint.tensors else None
+    tensor = checkpoint.tensors[name]
+    axis = stored_axis(tensor, p.axis)
+    if len(tensor.shape) <= axis:
+        raise UnsupportedError(
+            f"{checkpoint.path}: '{name}' has shape {list(tensor.shape)}; in '{checkpoint.model_type}' it has "
+            f"an axis {axis} that writes to the residual stream"
+        )
+    tied = p.head if p.head is not None and not _has_head(checkpoint, p.head) else None
     if p.gain is None:
-        return ResidualWriter(name, p.role, layer, p.axis, p.module, tied_to=tied)
+        return ResidualWriter(name, p.role, layer, axis, p.module, tied_to=tied)
     gain = p.gain.tensor.replace(LAYER, str(layer)) if p.gain.tensor is not None else None
     if gain is not None and gain not in checkpoint.tensors:
         raise UnsupportedError(f"{checkpoint.path}: '{gain}', the gain behind '{name}', is missing")
     return ResidualWriter(
-        name, p.role, layer, p.axis, p.module, gain, p.gain.offset, p.gain.parameter, p.gain.centred, tied
+        name, p.role, layer, axis, p.module, gain, p.gain.offset, p.gain.parameter, p.gain.centred, tied
     )
+
+
+def _is_leftover(tensor: TensorInfo) -> bool:
+    """Buffers that old releases stored beside their weights: causal masks, and frequencies of rotary positions."""
+    mask = len(tensor.shape) == 4 and tensor.name.endswith(("attn.bias", "attention.bias"))
+    return mask or tensor.name.endswith((".masked_bias", "rotary_emb.inv_freq"))
+
+
+def _has_head(checkpoint: Checkpoint, head: str) -> bool:
+    """Whether there is such a tensor, whatever comes before its last two names: that differs between releases."""
+    short = ".".join(head.split(".")[-2:])
+    return any(name == short or name.endswith(f".{short}") for name in checkpoint.tensors)
 
 
 def _check_kinds(checkpoint: Checkpoint, known: Architecture, matched: dict[int, set[str]], n_layers: int) -> None:
@@ -171,52 +183,6 @@ def _check_kinds(checkpoint: Checkpoint, known: Architecture, matched: dict[int,
             lacking += [p.replace(LAYER, str(layer)) for p in sorted(nearest ^ have)]
     if lacking:
         raise UnsupportedError(
-            f"{checkpoint.path}: the weights do not match the model class '{known.model_type}': missing, or where no "
-            f"layer of it has them: {', '.join(lacking[:4])}"
-        )
-
-
-def _writer(checkpoint: Checkpoint, name: str, family: _Family) -> ResidualWriter | None:
-    """The writer that tensor `name` is, or None."""
-    if _EMBEDDING.fullmatch(name):
-        tied = not any(n.endswith("lm_head.weight") for n in checkpoint.tensors)
-        return ResidualWriter(name, "embed", None, 1, "embed", tied_to="lm_head.weight" if tied else None)
-    found = _LAYER.fullmatch(name)
-    if found is None:
-        return None
-    module, _, kind = found["rest"].rpartition(".")
-    role = _WRITERS.get(module)
-    if role is None or kind not in ("weight", "bias"):
-        return None
-    norm = family.attention_norm if role == "attention out" else family.mlp_norm
-    gain = f"{found['prefix']}{norm}.weight" if norm else None
-    offset, parameter = (family.gain_offset, f"{norm}.weight") if norm else (0.0, None)
-    return ResidualWriter(name, role, int(found["layer"]), 0, module, gain, offset, parameter)
-
-
-def _check_complete(checkpoint: Checkpoint, writers: list[ResidualWriter]) -> None:
-    """Every layer has both writers, of the right width, with their gains; and there is one embedding."""
-    n_layers, d_model = checkpoint.config.get("num_hidden_layers"), checkpoint.config.get("hidden_size")
-    problems = [
-        f"{w.tensor} of shape {list(checkpoint.tensors[w.tensor].shape)} (d_model is {d_model})"
-        for w in writers
-        if checkpoint.tensors[w.tensor].shape[w.axis] != d_model
-    ]
-    if not isinstance(n_layers, int) or not isinstance(d_model, int):
-        raise UnsupportedError(
-            f"{checkpoint.path}: config.json: num_hidden_layers {n_layers!r}, hidden_size {d_model!r}; "
-            "expected two numbers"
-        )
-    problems += [f"{w.tensor} (there are {n_layers} layers)" for w in writers if (w.layer or 0) >= n_layers]
-    problems += [f"{w.gain} (missing)" for w in writers if w.gain is not None and w.gain not in checkpoint.tensors]
-    have = {(w.layer, w.module) for w in writers if w.tensor.endswith(".weight")}
-    expected = [(layer, module) for layer in range(n_layers) for module in _WRITERS]
-    problems += [
-        f"layers.{layer}.{module}.weight (missing)" for layer, module in expected if (layer, module) not in have
-    ]
-    if (None, "embed") not in have:
-        problems.append("embed_tokens.weight (missing)")
-    if problems:
-        raise UnsupportedError(
-            f"{checkpoint.path}: the weights do not match config.json ({n_layers} layers): {'; '.join(problems[:4])}"
+            f"{checkpoint.path}: the weights do not match the model class '{known.model_type}', which has {n_layers} "
+            f"layers here: missing, or where no layer of it has them: {', '.join(lacking[:4])}"
         )
