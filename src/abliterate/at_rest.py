@@ -1,4 +1,4 @@
-"""What is done to checkpoints at rest: find MODEL, `edit`, `undo`, and finish a result with its record and card.
+"""What is done to checkpoints at rest: find MODEL, `inspect`, `edit`, `undo`, finish a result with record and card.
 
 Runs no model and imports no torch, unless an architecture must be learned.
 """
@@ -9,18 +9,20 @@ import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint, resolve_model
+from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpoint, resolve_model
 from abliterate.checkpoint.stream import require_disk
 from abliterate.direction.direction import Direction
+from abliterate.edit.adapter import write_adapter
 from abliterate.edit.apply import apply_edit
-from abliterate.edit.plan import EditPlan, plan_edit
+from abliterate.edit.estimate import estimate
+from abliterate.edit.plan import EditPlan, Embeddings, plan_edit
 from abliterate.edit.undo import WayBack, undo_edit
 from abliterate.edit.untie import BASE_FILES
 from abliterate.errors import AbliterateError
 from abliterate.model.progress import Steps, no_steps
-from abliterate.options import Options
+from abliterate.options import Options, check_embeddings
 from abliterate.report.card import write_card
 from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output
@@ -67,7 +69,7 @@ def edit(
     settings = {
         "edit": checkpoint.fingerprint,
         "direction": sha256(found.vector.tobytes()).hexdigest(),
-        **{name: getattr(chosen, name) for name in ("strength", "embeddings", "keep_norms", "undo")},
+        **{name: getattr(chosen, name) for name in ("strength", "embeddings", "keep_norms", "format", "undo")},
     }
     start = time.monotonic()
     with Workspace(out, source, settings, resume) as work:
@@ -97,8 +99,11 @@ def edit(
 def write_edited(
     checkpoint: Checkpoint, plan: EditPlan, direction: Direction, work: Workspace, options: Options, steps: Steps
 ) -> list[dict[str, Any]]:
-    """Steps 3 and 4 into a workspace, file by file; the records of all edited tensors."""
+    """Steps 3 and 4 into a workspace, as a checkpoint or an adapter; the records of all edited tensors."""
     progress = steps("editing weights", len(plan.writers))
+    if options.format == "adapter":
+        found = write_adapter(checkpoint, plan, direction.vector, work.folder, options.strength, progress)
+        return [asdict(record) for record in found]
     records = apply_edit(
         checkpoint, plan, direction.vector, work.folder, options.strength, progress,
         keep_norms=options.keep_norms, undo=options.undo, journal=work,
@@ -134,6 +139,71 @@ def undo(edited: str, output: str | Path, *, steps: Steps = no_steps) -> Restore
         work.publish()
     files = len(way_back.files) + len(way_back.side_files)
     return Restored(str(output), way_back.base, tensors, files, round(time.monotonic() - start, 2))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an edit of a model would do: `writers` by role, what it would keep and leave, and what it would take here.
+
+    Sizes in bytes; `writers` holds `{role, tensors, shape, axis, dtype, behind, nbytes}`, `axis` the one that lies in
+    the stream, `behind` the norm between the writers and it.
+    """
+
+    model: str
+    model_type: str
+    n_layers: int
+    d_model: int
+    tensors: int
+    nbytes: int
+    writers: list[dict[str, Any]]
+    kept: dict[str, str]
+    untouched: int
+    tied_head: str | None
+    left_out: list[str]
+    disk: int
+    memory: int
+    seconds: float
+
+
+def inspect(model: str, *, embeddings: str = "edit", undo: bool = True) -> Inspection:
+    """Which weights of `model` write to the residual stream, what `edit` would do to them, and what it would take.
+
+    Reads headers only. Time and disk are those of a result in the current folder.
+
+    Raises:
+        AbliterateError: as its kinds say; UnsupportedError where an edit would be refused, with the reason.
+    """
+    check_embeddings(embeddings)
+    checkpoint = open_checkpoint(find_model(model))
+    plan = plan_edit(checkpoint, cast(Embeddings, embeddings))
+    groups: dict[tuple[Any, ...], list[TensorInfo]] = {}
+    for w in plan.writers:
+        tensor = checkpoint.tensors[w.tensor]
+        behind = w.gain_parameter or ("a norm without gain" if w.centred else None)
+        groups.setdefault((w.role, tensor.shape, w.axis, tensor.dtype, behind), []).append(tensor)
+    writers = [
+        {
+            "role": role, "tensors": len(tensors), "shape": list(shape), "axis": axis, "dtype": dtype,
+            "behind": behind, "nbytes": sum(t.nbytes for t in tensors),
+        }
+        for (role, shape, axis, dtype, behind), tensors in groups.items()
+    ]  # fmt: skip
+    needs = estimate(checkpoint, plan, Path.cwd(), undo)
+    first = plan.writers[0]
+    return Inspection(
+        model=model,
+        model_type=checkpoint.model_type,
+        n_layers=checkpoint.n_layers,
+        d_model=checkpoint.tensors[first.tensor].shape[first.axis],
+        tensors=len(checkpoint.tensors),
+        nbytes=checkpoint.nbytes,
+        writers=writers,
+        kept=plan.kept,
+        untouched=plan.untouched,
+        tied_head=plan.tied_head,
+        left_out=list(checkpoint.left_out),
+        **asdict(needs),
+    )
 
 
 def require_room(out: Path, checkpoint: Checkpoint) -> None:

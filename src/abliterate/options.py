@@ -27,6 +27,7 @@ class Options:
     max_kl: float = 0.2
     embeddings: Literal["edit", "keep", "untie"] = "edit"
     keep_norms: bool = False
+    format: Literal["checkpoint", "adapter"] = "checkpoint"
     undo: bool = True
     device: str | None = None
     dtype: str | None = None
@@ -54,5 +55,14 @@ class Options:
             raise UsageError(
                 f"--strength {self.strength:g}: expected -4 to 4 (1 removes the direction, 2 reflects, -1 doubles it)"
             )
-        if self.embeddings not in ("edit", "keep", "untie"):
-            raise UsageError(f"--embeddings {self.embeddings}: expected edit, keep or untie")
+        check_embeddings(self.embeddings)
+        if self.format not in ("checkpoint", "adapter"):
+            raise UsageError(f"--format {self.format}: expected checkpoint or adapter")
+        if self.format == "adapter" and self.keep_norms:
+            raise UsageError("--format adapter: an edit that keeps norms is of full rank and fits none; leave out one")
+
+
+def check_embeddings(value: str) -> None:
+    """Raise `UsageError` for what is not a way to treat embeddings."""
+    if value not in ("edit", "keep", "untie"):
+        raise UsageError(f"--embeddings {value}: expected edit, keep or untie")

@@ -147,12 +147,18 @@ class _Run:
         edits: list[dict[str, Any]] = self.step(
             "edit", lambda: write_edited(self.checkpoint, self.plan, direction, self.work, self.options, self.steps)
         )
-        if resumed:
+        if resumed and self.options.format == "checkpoint":
             try:
                 step.check_edited(self.work.folder, edits)
             except AbliterateError as error:
                 raise self.work.damaged(str(error)) from None
         return edits
+
+    def edited(self) -> ChatModel:
+        """The edited model: the result, or the base with the result merged into it."""
+        if self.options.format == "checkpoint":
+            return step.load(self.work.folder, self.options)
+        return step.load(self.checkpoint.path, self.options, self.work.folder)
 
     def evaluate(self, direction: Direction) -> dict[str, Any]:
         """Before and after, on the test prompts."""
@@ -160,7 +166,7 @@ class _Run:
             return {"metrics": [], "verdicts": {}}
 
         def compute() -> dict[str, Any]:
-            edited = step.load(self.work.folder, self.options)
+            edited = self.edited()
             vector = direction.vector
             return asdict(
                 step.compare(self.base, edited, self.harmful, self.harmless, self.options, vector, self.steps)

@@ -58,10 +58,11 @@ def limited(splits: Splits, options: Options) -> Splits:
     return Splits(*(part.head(options.limit or LIMITS[name]) for name, part in splits._asdict().items()))
 
 
-def load(folder: Path, options: Options) -> ChatModel:
-    """The model, ready to run as the options say."""
+def load(folder: Path, options: Options, adapter: Path | None = None) -> ChatModel:
+    """The model, ready to run as the options say, with an adapter merged into it."""
     return load_model(
         folder,
+        adapter=adapter,
         device=options.device,
         dtype=options.dtype,
         system_prompt=options.system_prompt,

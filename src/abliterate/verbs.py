@@ -1,4 +1,4 @@
-"""The steps as verbs of their own, each between files: `collect`, `select`, `evaluate`; and `edit`, `undo`.
+"""The steps as verbs of their own, each between files: `collect`, `select`, `evaluate`; and `inspect`, `edit`, `undo`.
 
 Owns the folder of activations that `collect` writes and `select` reads; computes nothing itself.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.at_rest import edit, find_model, undo
+from abliterate.at_rest import edit, find_model, inspect, undo
 from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.direction.direction import Direction
@@ -24,7 +24,7 @@ from abliterate.observe import Observation
 from abliterate.options import Options
 from abliterate.workspace import Workspace, check_output, writable
 
-__all__ = ["Collected", "collect", "edit", "evaluate", "select", "undo"]
+__all__ = ["Collected", "collect", "edit", "evaluate", "inspect", "select", "undo"]
 
 SCHEMA = 1
 #: The options that decide which prompts are used and how they are rendered: `select` takes them from `collect`.

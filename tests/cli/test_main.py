@@ -188,3 +188,55 @@ def test_an_interrupt_says_how_to_go_on(
     monkeypatch.setattr(abliterate.pipeline, "run", interrupted)
     assert run_here("run", "demo", "-o", str(tmp_path / "out")) == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_inspect_says_what_edit_would_do_and_reads_no_weight(
+    refusing: Refusing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("inspect", str(refusing.folder), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(w["role"], w["tensors"]) for w in found["writers"]] == [("embed", 1), ("MLP out", 4), ("attention out", 4)]
+    assert found["untouched"] == found["tensors"] - 9 and found["disk"] > found["nbytes"] and found["seconds"] > 0
+    assert run_here("inspect", str(refusing.folder), "--embeddings", "keep") == 0
+    said = capsys.readouterr().out
+    assert "MLP out" in said and "kept model.embed_tokens.weight" in said and max(map(len, said.splitlines())) <= 80
+    model = tmp_path / "model"
+    shutil.copytree(refusing.folder, model)
+    for shard in model.glob("*.safetensors"):  # headers stay, every weight becomes NaN
+        raw = bytearray(shard.read_bytes())
+        start = 8 + int.from_bytes(raw[:8], "little")
+        raw[start:] = b"\xff" * (len(raw) - start)
+        shard.write_bytes(raw)
+    assert run_here("inspect", str(model)) == 0
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    capsys.readouterr()
+    assert run_here("inspect", str(model)) == 4
+    assert "no edit can be exact" in capsys.readouterr().err
+
+
+def test_undo_by_command_line_restores_the_base(
+    refusing: Refusing, finished: tuple[object, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("undo", str(finished[1]), "-o", str(tmp_path / "base")) == 0
+    assert "9 tensors restored" in " ".join(capsys.readouterr().out.split())
+    for file in (p for p in refusing.folder.rglob("*") if p.is_file()):
+        assert file.read_bytes() == (tmp_path / "base" / file.relative_to(refusing.folder)).read_bytes()
+    assert run_here("undo", str(refusing.folder), "-o", str(tmp_path / "no")) == 3
+    assert "undo.json" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_run_writes_an_adapter_that_does_what_the_checkpoint_does(
+    refusing: Refusing, finished: tuple[object, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "adapter"
+    assert (
+        run_here("run", str(refusing.folder), "-o", str(out), *refusing.arguments, "--format", "adapter", "--json") == 0
+    )
+    record = json.loads(capsys.readouterr().out)
+    whole = json.loads((finished[1] / "abliteration" / "run.json").read_text())
+    for ours, theirs in zip(record["metrics"], whole["metrics"], strict=True):
+        assert ours["name"] == theirs["name"] and abs(ours["edited"] - theirs["edited"]) < 0.05
+    assert {p.name for p in out.iterdir()} == {
+        "README.md", "abliteration", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip

@@ -375,3 +375,50 @@ def test_two_edits_on_one_output_do_not_mix(embeddings: Embeddings, tiny: Tiny, 
     np.save(tmp_path / "d.npy", directions(1, 32)[0])
     with Workspace(tmp_path / "out", None, {}, resume=False), pytest.raises(UsageError, match="another run"):
         edit_verb(str(tiny("llama", tied=True)), tmp_path / "d.npy", tmp_path / "out", embeddings=embeddings)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_merges_into_the_edited_weights(family: str, tied: bool, tiny: Tiny, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = tiny(family, tied=tied, dtype=torch.float32)
+    np.save(tmp_path / "d.npy", directions(2, 32))
+    options: dict[str, Any] = {"strength": 0.8}
+    edit_verb(str(model), tmp_path / "d.npy", tmp_path / "out", **options)
+    record = edit_verb(str(model), tmp_path / "d.npy", tmp_path / "adapter", format="adapter", **options)
+    assert max(e["leak"] for e in record.edits) < 1e-6 and len(record.edits) == 7
+    assert not list((tmp_path / "adapter").glob("model*"))
+    base, edited = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (model, tmp_path / "out"))
+    kept = {name: p.clone() for name, p in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    changed = [name for name, p in edited.state_dict().items() if not torch.equal(p, kept[name])]
+    assert {e["tensor"] for e in record.edits} <= set(changed)
+    assert all(torch.allclose(merged[name], p, atol=1e-5) for name, p in edited.state_dict().items())
+
+
+def test_experts_go_into_an_adapter_through_peft_s_parameters_and_biases_not(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import CONFIG_MAPPING
+
+    from abliterate.architecture.twin import build_twin
+
+    for kind in ("mixtral", "qwen3_moe"):
+        model = tmp_path / kind
+        build_twin(CONFIG_MAPPING[kind]()).float().save_pretrained(model)
+        writer = plan_edit(open_checkpoint(model)).writers[0]
+        width = open_checkpoint(model).tensors[writer.tensor].shape[writer.axis]
+        np.save(tmp_path / "d.npy", directions(1, width)[0])
+        edit_verb(str(model), tmp_path / "d.npy", tmp_path / f"{kind}-out")
+        edit_verb(str(model), tmp_path / "d.npy", tmp_path / f"{kind}-adapter", format="adapter")
+        base, edited = (
+            AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (model, tmp_path / f"{kind}-out")
+        )
+        merged = PeftModel.from_pretrained(base, str(tmp_path / f"{kind}-adapter")).merge_and_unload().state_dict()
+        assert all(torch.allclose(merged[name], p, atol=1e-5) for name, p in edited.state_dict().items())
+    build_twin(CONFIG_MAPPING["gpt2"]()).float().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UnsupportedError, match="--format checkpoint"):
+        edit_verb(str(tmp_path / "gpt2"), tmp_path / "d.npy", tmp_path / "out", format="adapter")
+    with pytest.raises(UsageError, match="full rank"):
+        edit_verb(str(tmp_path / "gpt2"), tmp_path / "d.npy", tmp_path / "out", format="adapter", keep_norms=True)
+    assert not list(tmp_path.glob("out*"))

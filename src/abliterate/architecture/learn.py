@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from abliterate.architecture.patterns import Architecture, Gain, WriterPattern, merge
+from abliterate.architecture.patterns import LAYER, Architecture, Gain, WriterPattern, merge
 from abliterate.architecture.probe import Finding, Writer, probe, random_unit, removed_from
 from abliterate.architecture.trace import Trace, trace
 from abliterate.architecture.twin import build_twin, random_ids
@@ -63,7 +63,7 @@ def learn_config(config: PreTrainedConfig) -> Architecture:
 def _describe(model_type: str, finding: Finding, traced: Trace) -> Architecture:
     sites = _sites(finding)
     embedding, head = _embedding_and_head(finding.stream.model, traced)
-    found: list[WriterPattern] = []
+    found, block = list[WriterPattern](), f"{finding.stream.path}.{LAYER}."
     for writer, site in zip(finding.writers, sites, strict=True):
         gain = None
         if writer.gain is not None:
@@ -72,7 +72,8 @@ def _describe(model_type: str, finding: Finding, traced: Trace) -> Architecture:
             gain = Gain(stored, _local(finding, writer, g), writer.gain.offset, writer.gain.centred)
         for t in traced.writer(writer):
             beside = head if t.name == embedding else None
-            found.append(WriterPattern(t.name, t.axis, _role(writer), writer.layer, gain, site, beside))
+            role, path = _role(writer), writer.parameter.replace(f"{finding.stream.path}.{writer.layer}.", block, 1)
+            found.append(WriterPattern(t.name, t.axis, role, writer.layer, gain, site, beside, path))
     return merge(model_type, found, traced.names, len(finding.stream.calls), finding.after)
 
 

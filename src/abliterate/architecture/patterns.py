@@ -34,7 +34,8 @@ class WriterPattern:
 
     `layer` is a layer of the twin, or None outside the blocks. `module` is the path (within the block, or of the
     model outside) of the module whose output carries what is written; `head` is the tensor of the LM head beside the
-    token embedding: a checkpoint without it has the head read from the embedding.
+    token embedding: a checkpoint without it has the head read from the embedding. `parameter` is the path of what the
+    tensor is loaded into, whole or (one of many experts) in part.
     """
 
     tensor: str
@@ -44,6 +45,7 @@ class WriterPattern:
     gain: Gain | None
     module: str
     head: str | None
+    parameter: str
 
 
 @dataclass(frozen=True)

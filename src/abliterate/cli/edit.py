@@ -28,6 +28,7 @@ def edit(
     strength: options.Strength = 1.0,
     embeddings: options.Embeddings = "edit",
     keep_norms: options.KeepNorms = False,
+    output_format: options.Format = "checkpoint",
     no_undo: options.NoUndo = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an edit that was interrupted.")] = False,
     as_json: options.Json = False,
@@ -42,7 +43,7 @@ def edit(
     with console.progress_bars("interrupted; --resume goes on with it") as steps:
         record = edit_verb(
             model, direction, output, resume=resume, steps=steps, strength=strength, embeddings=embeddings,
-            keep_norms=keep_norms, undo=not no_undo,
+            keep_norms=keep_norms, format=output_format, undo=not no_undo,
         )  # fmt: skip
     if as_json:
         console.print_json(record.as_dict)

@@ -76,6 +76,14 @@ KeepNorms = Annotated[
     bool,
     typer.Option("--keep-norms", help="Scale what each input writes back to its norm; leaves none of the direction."),
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="checkpoint|adapter",
+        help="What OUT is: a whole checkpoint, or the same edit as a LoRA adapter for PEFT, a few megabytes.",
+    ),
+]
 NoUndo = Annotated[
     bool,
     typer.Option("--no-undo", help="Leave out the 1 to 3% of disk from which undo restores the base."),

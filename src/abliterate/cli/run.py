@@ -39,6 +39,7 @@ def run(
     max_kl: options.MaxKl = options.DEFAULT.max_kl,
     embeddings: options.Embeddings = "edit",
     keep_norms: options.KeepNorms = False,
+    output_format: options.Format = "checkpoint",
     no_undo: options.NoUndo = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -67,7 +68,8 @@ def run(
             model or model_option or "", output, resume=resume, steps=steps,
             harmful=harmful, harmless=harmless, limit=limit, seed=seed, system_prompt=system_prompt,
             chat_template=str(chat_template) if chat_template else None, layer=layer, position=position,
-            strength=strength, max_kl=max_kl, embeddings=embeddings, keep_norms=keep_norms, undo=not no_undo,
+            strength=strength, max_kl=max_kl, embeddings=embeddings, keep_norms=keep_norms, format=output_format,
+            undo=not no_undo,
             device=device, dtype=dtype, batch_size=batch_size, max_new_tokens=max_new_tokens,
             evaluate=not no_eval, force=force,
         )  # fmt: skip

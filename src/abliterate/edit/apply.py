@@ -105,8 +105,7 @@ def apply_edit(
     kept: Journal = journal or Forgetful()
     by_shard: dict[str, list[PlannedTensor]] = defaultdict(list)
     for writer in plan.writers:
-        basis = orthonormal(directions, _gain(checkpoint, writer), writer.centred)
-        tensor = PlannedTensor(checkpoint, writer, Removal(basis, strength, keep_norms))
+        tensor = PlannedTensor(checkpoint, writer, removal_of(checkpoint, writer, directions, strength, keep_norms))
         by_shard[tensor.info.file].append(tensor)
     for name in checkpoint.side_files:
         copy_file(checkpoint.path / name, out / _place(name))
@@ -132,6 +131,13 @@ def apply_edit(
         untie(checkpoint, plan.untied, out)
     sync(out)
     return [EditRecord(**record) for result in results.values() for record in result["records"]]
+
+
+def removal_of(
+    checkpoint: Checkpoint, writer: ResidualWriter, directions: Float32Array, strength: float, keep_norms: bool = False
+) -> Removal:
+    """What to take out of one writer, the norm between it and the stream considered."""
+    return Removal(orthonormal(directions, _gain(checkpoint, writer), writer.centred), strength, keep_norms)
 
 
 def _finish(target: Path, write: Callable[[str, Any], None], step: str, result: dict[str, Any]) -> None:

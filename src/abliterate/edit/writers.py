@@ -23,7 +23,8 @@ class ResidualWriter:
     `axis` is the tensor's residual axis: 0 where rows are the stream (`nn.Linear`), 1 for embedding rows.
     `gain` names the tensor of the normalisation between this writer and the stream, `gain_offset` what its
     formula adds to the stored gain, `centred` whether it subtracts the mean. `tied_to` names what else the tensor
-    serves as. `module` and `gain_parameter` are paths within the block, or of the model outside the blocks.
+    serves as. `module` and `gain_parameter` are paths within the block, or of the model outside the blocks;
+    `parameter` is the path in the model of what the tensor is loaded into.
     """
 
     tensor: str
@@ -36,6 +37,7 @@ class ResidualWriter:
     gain_parameter: str | None = None
     centred: bool = False
     tied_to: str | None = None
+    parameter: str = ""
 
 
 def residual_writers(checkpoint: Checkpoint, known: Architecture | None = None) -> list[ResidualWriter]:
@@ -151,13 +153,14 @@ def _by_pattern(checkpoint: Checkpoint, name: str, layer: int | None, p: WriterP
             f"an axis {axis} that writes to the residual stream"
         )
     tied = p.head if p.head is not None and not _has_head(checkpoint, p.head) else None
+    path = p.parameter.replace(LAYER, str(layer))
     if p.gain is None:
-        return ResidualWriter(name, p.role, layer, axis, p.module, tied_to=tied)
+        return ResidualWriter(name, p.role, layer, axis, p.module, tied_to=tied, parameter=path)
     gain = p.gain.tensor.replace(LAYER, str(layer)) if p.gain.tensor is not None else None
     if gain is not None and gain not in checkpoint.tensors:
         raise UnsupportedError(f"{checkpoint.path}: '{gain}', the gain behind '{name}', is missing")
     return ResidualWriter(
-        name, p.role, layer, axis, p.module, gain, p.gain.offset, p.gain.parameter, p.gain.centred, tied
+        name, p.role, layer, axis, p.module, gain, p.gain.offset, p.gain.parameter, p.gain.centred, tied, path
     )
 
 

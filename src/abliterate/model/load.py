@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,8 +90,11 @@ def load_model(
     dtype: str | None = None,
     system_prompt: str | None = None,
     chat_template: Path | None = None,
+    adapter: Path | None = None,
 ) -> ChatModel:
     """The checkpoint in `folder`, ready to run on `device` in `dtype` (None: what suits the machine).
+
+    A LoRA `adapter` is merged into it, which takes PEFT.
 
     Raises:
         UnsupportedError: transformers does not know the architecture, or there is no chat template.
@@ -108,12 +112,25 @@ def load_model(
         raise UnsupportedError(f"{folder}: transformers cannot load this model ({str(error)[:200]})") from None
     model: PreTrainedModel = loaded[0]
     _require_whole(folder, loaded[1])
+    if adapter is not None:
+        model = _merged(model, adapter)
     # Only the stop tokens of the checkpoint's own generation settings are kept: a repetition penalty or a
     # temperature that a release ships would otherwise shape the answers that are judged.
     stop = model.generation_config.eos_token_id if model.generation_config else None
     model.generation_config = GenerationConfig(eos_token_id=stop)
     nn.Module.to(model, where).eval().requires_grad_(False)
     return ChatModel(model, ChatFormat(tokenizer, system_prompt))
+
+
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UnsupportedError("an adapter is merged by PEFT, which is not installed: pip install peft") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie.*")  # a tied head is meant to change with its embedding
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return merged
 
 
 @contextmanager

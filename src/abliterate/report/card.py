@@ -13,9 +13,9 @@ _CARD = """\
 ---
 {% if hub %}
 base_model: {{ hub }}
-base_model_relation: finetune
+base_model_relation: {{ "adapter" if adapter else "finetune" }}
 {% endif %}
-library_name: transformers
+library_name: {{ "peft" if adapter else "transformers" }}
 tags: [abliterate, representation-engineering, directional-ablation]
 ---
 
@@ -36,12 +36,16 @@ Use it for research, with safeguards of your own.
 - direction: difference of means at layer {{ r.direction.layer }}, position {{ r.direction.position }},
   strength {{ r.resolved.strength }}
 {% endif %}
+{% if adapter %}
+- a LoRA adapter that changes {{ r.edits|length }} tensors of the base; merge it to have the edited weights
+{% else %}
 - edited: {{ r.edits|length }} tensors; all others are byte-identical to the base
 - largest leak of an edited matrix after the cast: {{ "%.1e"|format(leak) }} of what was there
+{% endif %}
 {% if r.tied_head %}
 - the LM head {{ r.tied_head }}
 {% endif %}
-{% if r.resolved.undo %}
+{% if r.resolved.undo and not adapter %}
 - `abliterate undo` restores the base bit for bit from the files in `abliteration/`
 {% endif %}
 {% if elsewhere %}
@@ -73,6 +77,7 @@ def write_card(record: RunRecord, name: str, path: Path) -> None:
     rate = record.metric("refusal_rate")
     text = environment.from_string(_CARD).render(
         r=record, name=name, table=table, leak=worst, hub=hub, base=base, broken=broken(record.verdicts),
+        adapter=record.resolved["format"] == "adapter",
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
     )  # fmt: skip
     path.write_text(text, encoding="utf-8")

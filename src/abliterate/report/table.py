@@ -51,11 +51,13 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
     print_direction(console, record.direction, record.resolved["max_kl"])
     if record.direction_from_elsewhere:
         console.print("[yellow]found on another checkpoint[/yellow] than the one that was edited")
-    worst = max((e["leak"] for e in record.edits), default=0.0)
-    console.print(
-        f"[bold]edited[/bold] {len(record.edits)} tensors, strength {record.resolved['strength']:g}, "
-        f"largest leak after the cast {worst:.1e}; {record.untouched + len(record.kept)} tensors byte-identical"
-    )
+    strength = f"{len(record.edits)} tensors, strength {record.resolved['strength']:g}"
+    if record.resolved["format"] == "adapter":
+        console.print(f"[bold]adapter[/bold] for {strength}; the base is as it was")
+    else:
+        worst = max((e["leak"] for e in record.edits), default=0.0)
+        same = f"{record.untouched + len(record.kept)} tensors byte-identical"
+        console.print(f"[bold]edited[/bold] {strength}, largest leak after the cast {worst:.1e}; {same}")
     if record.tied_head is not None:
         console.print(f"[bold]LM head[/bold] {record.tied_head}", highlight=False)
     if record.metrics:
@@ -63,6 +65,54 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
     seconds = sum(record.seconds.values())
     memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
     console.print(f"{output}: {seconds:.0f} s{memory}", style="dim")
+
+
+def print_inspection(console: Console, found: dict[str, Any]) -> None:
+    """What writes to the stream, what an edit would leave, and what it would take."""
+    console.print(
+        f"[bold]{found['model_type']}[/bold] {found['n_layers']} layers, d_model {found['d_model']}, "
+        f"{found['tensors']} tensors, {size(found['nbytes'])}",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("writes to the stream", "tensors", "shape", "type", "size", "behind"):
+        table.add_column(title, justify="right" if title in ("tensors", "size") else "left")
+    for w in found["writers"]:
+        shape = " × ".join(f"[bold]{n}[/bold]" if i == w["axis"] else str(n) for i, n in enumerate(w["shape"]))
+        row = (w["role"], str(w["tensors"]), shape, w["dtype"], size(w["nbytes"]), w["behind"] or "–")
+        table.add_row(*row)
+    console.print(table)
+    edited = sum(w["nbytes"] for w in found["writers"])
+    console.print(
+        f"edited {size(edited)} in {sum(w['tensors'] for w in found['writers'])} tensors along the axis in bold; "
+        f"{found['untouched']} read the stream or have no part in it and stay as they are",
+        highlight=False,
+    )
+    for name, why in found["kept"].items():
+        console.print(f"kept {name}: {why}", highlight=False)
+    if found["tied_head"] is not None:
+        console.print(f"LM head: {found['tied_head']}", highlight=False)
+    for name in found["left_out"]:
+        console.print(f"left out of the result: {name}", highlight=False)
+    console.print(
+        f"edit: {size(found['disk'])} of disk, {size(found['memory'])} of memory at most, about "
+        f"{duration(found['seconds'])} here",
+        style="dim",
+        highlight=False,
+    )
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the unit that leaves one to three digits."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= one:
+            return f"{nbytes / one:.3g} {unit}"
+    return f"{nbytes / 1e3:.3g} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes where they are many."""
+    return f"{max(1, seconds):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:

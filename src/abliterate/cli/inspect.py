@@ -1,0 +1,35 @@
+"""`abliterate inspect`: what an edit would do, before it does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from abliterate.cli import console, options
+
+EPILOG = """
+[bold]Examples[/bold]
+
+  abliterate inspect demo
+
+  abliterate inspect ./my-model --embeddings untie --json
+"""
+
+
+def inspect(
+    model: options.Model,
+    embeddings: options.Embeddings = "edit",
+    no_undo: options.NoUndo = False,
+    as_json: options.Json = False,
+) -> None:
+    """Which weights of MODEL write to the residual stream, what an edit would change and leave, what it would take.
+
+    Reads headers only and runs nothing. An edit that would be refused ends in the same message and exit code here.
+    """
+    from abliterate.at_rest import inspect as inspect_verb
+    from abliterate.report.table import print_inspection
+
+    found = inspect_verb(model, embeddings=embeddings, undo=not no_undo)
+    if as_json:
+        console.print_json(asdict(found))
+    else:
+        print_inspection(console.stdout(), asdict(found))
