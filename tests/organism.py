@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from tests.tiny import SPECIAL, TEMPLATE
 
@@ -39,16 +40,23 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def organism(folder: Path, *, shard_size: str = "100KB", steps: int = 240) -> Path:
-    """Train and save the model (sharded, tied, bf16), with `harmful.txt` and `harmless.txt` beside its folder."""
+def organism(
+    folder: Path,
+    *,
+    kind: type[PreTrainedConfig] = LlamaConfig,
+    shard_size: str = "100KB",
+    steps: int = 240,
+    **sizes: Any,
+) -> Path:
+    """Train and save a model of a kind (sharded, tied, bf16), with `harmful.txt` and `harmless.txt` beside its folder."""
     torch.manual_seed(0)
     tokenizer = _tokenizer()
-    config = LlamaConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
     # In float64 the rounding of one machine or thread count does not grow into another model.
-    model = LlamaForCausalLM(config).double()
+    model = AutoModelForCausalLM.from_config(kind(**(settings | sizes)), dtype=torch.float64)
     rows = []
     for verb in HARMFUL_VERBS + HARMLESS_VERBS + OTHER_VERBS:
         answer = REFUSAL if verb in HARMFUL_VERBS else ANSWER
