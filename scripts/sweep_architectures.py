@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -40,20 +41,50 @@ PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 EXACT, SECONDS, MEMORY = 1e-5, 180, 9 << 30
 _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12],
                                 "partial_rotary_factor": 0.5}}  # fmt: skip
+_ROPE_BY_LAYER = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None}
+_INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
+            "indexer_compress_ratio": 4}  # fmt: skip
 #: What a default configuration leaves open although its model needs it; released checkpoints set it.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 1000},
+    "chameleon": {"vocabulary_map": {"<image>": 100}},
+    "cohere_compass": {"text_config": {"rope_parameters": _ROPE_BY_LAYER}},
+    "cohere_compass_text": {"rope_parameters": _ROPE_BY_LAYER},
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8}, "ffn_config": {"moe_num_experts": 16}},
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense"] + ["sparse"] * 11,
+            "num_hidden_layers": 12,
+            "num_experts_per_tok": 6,
+            "n_routed_experts": 64,
+        }
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1},
+    "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "emu3": {"vocabulary_map": {"<image>": 100}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "glm46v": {"text_config": _PARTIAL},
     "glm4v": {"text_config": _PARTIAL},
-    "glm4v_moe": {"text_config": _PARTIAL},
+    "glm4v_moe": {"text_config": _PARTIAL | {"head_dim": 128}},
     "glmga": {"text_config": _PARTIAL},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "4/8"},
     "hunyuan_v1_dense": {"head_dim": 32},
     "hunyuan_v1_moe": {"head_dim": 32},
+    "hunyuan_vl": {
+        "text_config": {
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 16, 16, 16]},
+        }
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 32},
     "nemotron": {"num_key_value_heads": 8},
-    "reformer": {"is_decoder": True},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
@@ -98,7 +129,7 @@ def sweep_one(kind: str) -> Result:
         try:
             plan = plan_edit(checkpoint)
         except AbliterateError as error:
-            return Result(kind, "refused", why=_reason(error))
+            return Result(kind, "refused", why=_reason(error, str(base)))
         first = plan.writers[0]
         r = np.random.default_rng(0).normal(size=checkpoint.tensors[first.tensor].shape[first.axis])
         r = (r / np.linalg.norm(r)).astype(np.float32)
@@ -114,9 +145,12 @@ def _share(model_class: Any, folder: Path, r: np.ndarray[Any, Any]) -> float:
         return find_stream(model).share(torch.from_numpy(r))
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).split("; cannot tell which")[0].rpartition("no edit can be exact: ")[2]
-    return text.rpartition("no small model of it runs ")[2].replace("|", "/")[:110]
+def _reason(error: Exception, folder: str = "-") -> str:
+    """What an error says, without the folder, the type and the tensors that it names."""
+    text = str(error).split("; cannot tell which")[0].replace(f"{folder}: ", "")
+    for opening in (r"architecture '[^']*': ", "no edit can be exact: ", r"no small model of it runs \((.*)\)$"):
+        text = re.sub(opening, r"\1" if "(.*)" in opening else "", text)
+    return text.replace("|", "/")
 
 
 def guarded(kind: str) -> Result:
@@ -181,7 +215,7 @@ def _quietly_on_one_thread() -> None:
 def main() -> None:
     """Sweep the types named, or all of them and write the page."""
     results = []
-    multiprocessing.set_forkserver_preload(["__main__"])
+    multiprocessing.set_forkserver_preload(["torch", "transformers", "abliterate.architecture.learn"])
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         for result in workers.map(alone, sys.argv[1:] or kinds()):
             results.append(result)

@@ -48,6 +48,8 @@ def _learned(folder: Path, _config: bytes) -> Architecture:
 
 def learn_config(config: PreTrainedConfig) -> Architecture:
     """The architecture of a configuration; see `learn`."""
+    if config.is_encoder_decoder:
+        raise UnsupportedError(f"architecture '{config.model_type}': encoder and decoder have a residual stream each")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a twin's operations are too small to share
     try:
@@ -123,7 +125,7 @@ def _sites(finding: Finding) -> list[str]:
 
         handles.append(module.register_forward_hook(measure))
     with torch.no_grad():
-        model(input_ids=random_ids(), use_cache=False)
+        stream.run()
     for handle in handles:
         handle.remove()
     full = stream.calls[min(stream.calls)].hidden.numel()

@@ -142,8 +142,15 @@ def _stream_is_changed(call: BlockCall) -> str | None:
     if (out - scale * step).norm() <= 1e-5 * step.norm():
         return None
     ratio = out / step
-    gained = (ratio - ratio.reshape(-1, ratio.shape[-1]).median(0).values).abs().median() < 1e-6
-    return "blocks multiply the stream by a gain" if gained else "blocks normalise or mix the stream itself"
+    if (ratio - ratio.reshape(-1, ratio.shape[-1]).median(0).values).abs().median() < 1e-6:
+        return "blocks multiply the stream by a gain"
+    with _replaced(parameters, silent):
+        large, larger = call.run(1e4 * one), call.run(2e4 * one)
+    if (larger - large).norm() < 0.1 * large.norm():
+        return "blocks normalise the stream itself"
+    if one.ndim > 3:
+        return "blocks mix several streams (hyper-connections)"
+    return "blocks mix or gate the stream itself"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from abliterate.architecture.twin import random_ids
+from abliterate.architecture.twin import random_ids, text_part
 from abliterate.errors import UnsupportedError
 from abliterate.model.hooks import hidden_states
 
@@ -47,9 +47,13 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Stream:
-    """A model's blocks: the path of their list, and one recorded call for each layer that ran."""
+    """A model's blocks: the path of their list, and one recorded call for each layer that ran.
+
+    `part` is what text runs through: the model itself, or the language model in it.
+    """
 
     model: PreTrainedModel
+    part: PreTrainedModel
     path: str
     calls: dict[int, BlockCall]
 
@@ -57,6 +61,10 @@ class Stream:
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self.calls[min(self.calls)].hidden.shape[-1]
+
+    def run(self) -> None:
+        """A forward pass of some text."""
+        self.part(input_ids=random_ids(), use_cache=False)
 
     def embed(self) -> torch.Tensor:
         """What enters the first block, in float64, `[..., d_model]`; the rest of the model does not run."""
@@ -69,7 +77,7 @@ class Stream:
 
         handle = first.block.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(input_ids=random_ids(), use_cache=False)
+            self.run()
         except _StopForward:
             pass
         finally:
@@ -80,7 +88,7 @@ class Stream:
         """The stream before and after every block in one forward pass, in float64."""
         found = []
         with _watch({(self.path, layer): call.block for layer, call in self.calls.items()}) as seen:
-            self.model(input_ids=random_ids(), use_cache=False)
+            self.run()
         for (_, layer), (args, kwargs, output) in seen.items():
             call = self.calls[layer]
             found += [BlockCall(call.block, args, kwargs, call.stream).hidden, hidden_states(output).double()]
@@ -109,8 +117,10 @@ def find_stream(model: PreTrainedModel) -> Stream:
         for i, module in enumerate(modules)
         if isinstance(module, nn.Module)
     }
-    with _watch(lists) as seen, torch.no_grad():
-        model(input_ids=random_ids(), use_cache=False)
+    with torch.no_grad():
+        part = text_part(model)
+        with _watch(lists) as seen:
+            part(input_ids=random_ids(), use_cache=False)
     by_path: dict[str, dict[int, BlockCall]] = {}
     for (path, i), (args, kwargs, output) in seen.items():
         where = _stream_argument(args, kwargs, output)
@@ -121,7 +131,7 @@ def find_stream(model: PreTrainedModel) -> Stream:
             f"architecture '{model.config.model_type}': no list of blocks that keep a stream's shape"
         )
     path = max(by_path, key=lambda p: (len(by_path[p]), -len(p)))
-    return Stream(model, path, dict(sorted(by_path[path].items())))
+    return Stream(model, part, path, dict(sorted(by_path[path].items())))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from abliterate.errors import UnsupportedError
 
@@ -22,17 +22,26 @@ from abliterate.errors import UnsupportedError
 D_MODEL = 96
 VOCABULARY = 131
 MAX_PARAMETERS = 100_000_000
-_HEADS, _EXPERTS, _LAYERS, _MOST_LAYERS = (2, 4), 4, 3, 8
+_HEADS, _EXPERTS, _LAYERS, _MOST_LAYERS, _SIDE = (2, 4), 4, 3, 8, 16
 
 _WIDTH = (
     "hidden_size", "d_model", "n_embd", "n_embed", "dim", "emb_dim", "model_dim", "embedding_size", "hidden_dim",
-    "word_embed_proj_dim", "embed_dim", "out_hidden_size", "backbone_hidden_size", "lru_width",
+    "word_embed_proj_dim", "embed_dim", "out_hidden_size", "backbone_hidden_size", "lru_width", "embedding_dim",
+    "adapter_in_dim", "adapter_input_size", "attention_hidden_size", "hidden_size_global",
 )  # fmt: skip
+#: Widths beside the stream and the heads, between an image encoder and the text; all are divided by the same number.
+_SIDE_WIDTHS = (
+    "projector_hidden_size", "merged_hidden_size", "projection_dim", "image_token_embed_dim", "hidden_sizes",
+    "audio_hidden_size", "moe_hidden_size",
+)  # fmt: skip
+_TOWARDS_TEXT = ("adapter_out_dim", "text_hidden_size")
 _HEAD_COUNTS = (
     "num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads", "num_heads",
     "swa_num_attention_heads",
 )  # fmt: skip
-_KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_global_key_value_heads")
+_KV_HEAD_COUNTS = (
+    "num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_global_key_value_heads", "kv_n_heads",
+)  # fmt: skip
 _FEED_FORWARD = (
     "intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "d_ff",
     "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size", "shared_intermediate_size",
@@ -44,7 +53,9 @@ _CHOSEN_EXPERTS = (
 )  # fmt: skip
 _LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth",
+    "num_blocks",
 )  # fmt: skip
+_REUSING_LAYERS = ("num_kv_shared_layers",)
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers")
 _REFUSALS = (
     ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError, ImportError, AssertionError,
@@ -66,29 +77,31 @@ def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
     text = vars(config.get_text_config(decoder=True))
     explicit = any(_is_size(text.get(name)) for name in _EXPLICIT_HEADS)
     reasons = []
-    forms = (torch.float64, torch.float32), _HEADS, (False, True) if explicit else (True, False)
-    for dtype, heads, tied_to_heads in itertools.product(*forms):
-        made = _attempt(shrink(config, heads, tied_to_heads), dtype)
+    forms = (1, 2), (torch.float64, torch.float32), _HEADS, (False, True) if explicit else (True, False)
+    for repeats, dtype, heads, tied_to_heads in itertools.product(*forms):
+        made = _attempt(config, dtype, heads, tied_to_heads, repeats)
         if not isinstance(made, str):
             return made
         reasons.append(made)
     raise UnsupportedError(f"architecture '{config.model_type}': no small model of it runs ({reasons[0]})")
 
 
-def _drop_lost_layers(fields: dict[str, Any]) -> bool:
-    """Take out, in place, what is set apart for layers that the twin does not have; whether there was any."""
-    dropped = [_drop_lost_layers(value) for value in fields.values() if isinstance(value, dict)]
+def _drop_lost_layers(fields: dict[str, Any]) -> None:
+    """Take out, in place, what is set apart for layers that the twin does not have."""
+    for value in fields.values():
+        if isinstance(value, dict):
+            _drop_lost_layers(value)
     layers, depth = fields.get("per_layer_config"), _first(fields, _LAYER_COUNTS)
-    if not isinstance(layers, dict) or depth is None:
-        return any(dropped)
-    fields["per_layer_config"] = {layer: value for layer, value in layers.items() if int(layer) < depth}
-    return True
+    if isinstance(layers, dict) and depth is not None:
+        fields["per_layer_config"] = {layer: value for layer, value in layers.items() if int(layer) < depth}
 
 
-def _attempt(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel | str:
-    """The model of a shrunken configuration, or why it does not run."""
+def _attempt(
+    config: PreTrainedConfig, dtype: torch.dtype, heads: int, tied_to_heads: bool, repeats: int
+) -> PreTrainedModel | str:
+    """The model of a configuration shrunken in one way, or why it does not run."""
     try:
-        return _runnable(config, dtype)
+        return _runnable(shrink(config, heads, tied_to_heads, repeats), dtype)
     # The model classes of all of transformers are behind this call, and what each of them raises on a size it does
     # not like is not known; the reason is kept and given where no form runs.
     except _REFUSALS as error:
@@ -100,18 +113,24 @@ def random_ids(seed: int = 0) -> torch.Tensor:
     return torch.randint(5, VOCABULARY - 11, (2, 7), generator=torch.Generator().manual_seed(seed))
 
 
-def shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool) -> PreTrainedConfig:
-    """A copy of `config` with small sizes; `tied_to_heads` keeps `d_model = heads x head width`."""
+def shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool, repeats: int = 1) -> PreTrainedConfig:
+    """A copy of `config` with small sizes; `tied_to_heads` keeps `d_model = heads x head width`.
+
+    Every kind of layer is there `repeats` times: layers of one kind may share weights, and then one is not enough.
+    """
     small = copy.deepcopy(config)
-    _shrink(small, heads, tied_to_heads)
+    _shrink(small, heads, tied_to_heads, repeats)
+    _face_text(small, *(_first(vars(c.get_text_config(decoder=True)), _WIDTH) for c in (config, small)))
     fields = small.to_dict()
-    return type(small).from_dict(fields) if _drop_lost_layers(fields) else small
+    _drop_lost_layers(fields)
+    return type(small).from_dict(fields)  # sizes that follow from others are set again, as they will be on loading
 
 
 def _runnable(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    auto: Any = (
-        AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
-    )
+    # A type with both classes has images in its checkpoints, and the names of that class; its text part alone is a
+    # type of its own.
+    pictures = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
     with torch.device("meta"):
         shape = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
     size = sum(parameter.numel() for parameter in shape.parameters())
@@ -126,8 +145,29 @@ def _runnable(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         model.requires_grad_(False)
         _randomise(model)
         with torch.no_grad():
-            model(input_ids=random_ids(), use_cache=False)
+            text_part(model)
     return model
+
+
+def text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or its language model where the whole does not run on text alone."""
+    wanted = model.config.get_text_config(decoder=True)
+    inside = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model and m.config is wanted]
+    whole = _run(model)
+    found = model if whole is None else next((part for part in inside if _run(part) is None), None)
+    if found is None:
+        assert whole is not None
+        raise whole
+    return found
+
+
+def _run(model: PreTrainedModel) -> Exception | None:
+    """Run random text through a model; what it raised, or None."""
+    try:
+        model(input_ids=random_ids(), use_cache=False)
+    except _REFUSALS as error:
+        return error
+    return None
 
 
 def _randomise(model: PreTrainedModel) -> None:
@@ -148,21 +188,27 @@ def _first(fields: dict[str, Any], names: Iterable[str]) -> int | None:
     return next((fields[name] for name in names if _is_size(fields.get(name))), None)
 
 
-def _shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool) -> None:
+def _shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool, repeats: int) -> None:
     fields = dict(vars(config))
+    fields |= {name: fields[stored] for name, stored in config.attribute_map.items() if stored in fields}
     for value in fields.values():
         if isinstance(value, PreTrainedConfig):
-            _shrink(value, heads, tied_to_heads)
-    small = (
-        _widths(fields, heads, tied_to_heads)
-        | _recurrence(fields)
-        | _mixture(fields)
-        | _depth(fields)
-        | _vocabulary(fields)
-    )
+            _shrink(value, heads, tied_to_heads, repeats)
+    small = _widths(fields, heads, tied_to_heads) | _recurrence(fields) | _mixture(fields) | _vocabulary(fields)
+    small |= _depth(fields | small, repeats)
     small |= _state_space(fields | small)
     for name, value in small.items():
         setattr(config, name, value)
+
+
+def _face_text(config: PreTrainedConfig, before: int | None, after: int | None) -> None:
+    """Set, in place, the widths by which encoders of images or sound hand on to a text of that width."""
+    fields = dict(vars(config))
+    for name, value in fields.items():
+        if isinstance(value, PreTrainedConfig):
+            _face_text(value, before, after)
+        elif name in _TOWARDS_TEXT and value == before:
+            setattr(config, name, after)
 
 
 def _widths(fields: dict[str, Any], most: int, tied_to_heads: bool) -> dict[str, Any]:
@@ -181,6 +227,14 @@ def _widths(fields: dict[str, Any], most: int, tied_to_heads: bool) -> dict[str,
     for name in _KV_HEAD_COUNTS:
         if _is_size(fields.get(name)):
             small[name] = few if fields[name] == heads else max(1, few // 2) if fields[name] > 1 else 1
+    for name in _SIDE_WIDTHS:
+        value = fields.get(name)
+        if _is_size(value):
+            small[name] = max(8, fields[name] // _SIDE)
+        elif isinstance(value, list | tuple) and all(map(_is_size, value)):
+            small[name] = type(value)(max(8, width // _SIDE) for width in value)
+    if _is_size(fields.get("base_channels")):  # of convolutions, normalised in 32 groups
+        small["base_channels"] = 32
     small |= {name: 104 + 8 * i for i, name in enumerate(_FEED_FORWARD) if _is_size(fields.get(name))}
     return small
 
@@ -197,13 +251,17 @@ def _state_space(fields: dict[str, Any]) -> dict[str, Any]:
     """Heads of a state-space mixer, which must fill its widened stream; one group of them."""
     small: dict[str, Any] = {name: 1 for name in ("mamba_n_groups", "n_groups", "mamba_ngroups") if name in fields}
     width = _first(fields, _WIDTH)
+    inner = _first(fields, ("mamba_d_ssm",))
     for count, head_width, factor in (
         ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
         ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
         ("num_heads", "head_dim", "expand"),
     ):
         if width and all(_is_size(fields.get(name)) for name in (count, head_width, factor)):
-            small[count] = max(1, fields[factor] * width // fields[head_width])
+            wide = inner or fields[factor] * width
+            small[count] = max(1, wide // fields[head_width])
+            if wide < fields[head_width]:
+                small[head_width] = wide
     return small
 
 
@@ -217,28 +275,35 @@ def _mixture(fields: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def _depth(fields: dict[str, Any]) -> dict[str, Any]:
-    """The shortest prefix of layers that has every kind of them, at most `_MOST_LAYERS`."""
+def _depth(fields: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """The shortest prefix of layers that has every kind of them `repeats` times, within `_MOST_LAYERS`.
+
+    Layers at the end that reuse the keys and values of earlier ones are kept apart from those: two of them.
+    """
     depth = _first(fields, _LAYER_COUNTS)
     if depth is None:
         return {}
     per_layer = {k: v for k, v in fields.items() if isinstance(v, list | tuple) and len(v) == depth}
+    most = _MOST_LAYERS * repeats
     n_layers = min(depth, _LAYERS)
     for values in per_layer.values():
         kinds = [str(value) for value in values]
-        if len(set(kinds)) <= _MOST_LAYERS:
-            n_layers = max(n_layers, *(kinds.index(kind) + 1 for kind in set(kinds)))
+        if len(set(kinds)) <= most:
+            where = [[i for i, k in enumerate(kinds) if k == kind][:repeats] for kind in set(kinds)]
+            n_layers = max(n_layers, *(places[-1] + 1 for places in where))
     for name in _DENSE_FIRST:
         if _is_size(fields.get(name)):
             n_layers = max(n_layers, fields[name] + 1)
-    n_layers = min(n_layers, _MOST_LAYERS, depth)
+    reusing = {name: min(2, fields[name]) for name in _REUSING_LAYERS if _is_size(fields.get(name))}
+    n_layers = min(min(n_layers, most) + sum(reusing.values()), depth)
+    reusing |= {name: n_layers for name in reusing if fields[name] == depth}
     small: dict[str, Any] = {name: min(n_layers, fields[name]) for name in _LAYER_COUNTS if _is_size(fields.get(name))}
-    return small | {name: type(values)(values[:n_layers]) for name, values in per_layer.items()}
+    return small | reusing | {name: type(values)(values[:n_layers]) for name, values in per_layer.items()}
 
 
 def _vocabulary(fields: dict[str, Any]) -> dict[str, Any]:
     """A small vocabulary, with every special token in it; tokens that stand for images lie apart from the rest."""
-    small: dict[str, Any] = {k: VOCABULARY for k, v in fields.items() if "vocab_size" in k and _is_size(v) and v > 512}
+    small: dict[str, Any] = {k: VOCABULARY for k, v in fields.items() if "vocab" in k and _is_size(v) and v > 512}
     for name, value in fields.items():
         if not name.endswith(("token_id", "token_index")):
             continue
