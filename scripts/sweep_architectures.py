@@ -9,6 +9,7 @@ is the leak. A type is exact at 1e-5 or less; a leak above that which was not re
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -27,18 +28,19 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import CONFIG_MAPPING
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from abliterate.architecture.stream import find_stream
-from abliterate.architecture.twin import build_twin
+from abliterate.architecture.twin import build_twin, random_ids, text_part
 from abliterate.checkpoint import open_checkpoint
 from abliterate.edit.apply import apply_edit
 from abliterate.edit.plan import plan_edit
 from abliterate.errors import AbliterateError
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
-EXACT, SECONDS, MEMORY = 1e-5, 180, 9 << 30
+EXACT, SECONDS, MEMORY = 1e-5, 300, 9 << 30
 _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12],
                                 "partial_rotary_factor": 0.5}}  # fmt: skip
 _ROPE_BY_LAYER = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None}
@@ -88,9 +90,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Reasons that lie in the model: what they say of it leaves no edit of weights that is exact.
+_OF_THE_MODEL = (
+    "blocks normalise the stream itself",
+    "blocks multiply the stream by a gain",
+    "blocks mix several streams (hyper-connections)",
+    "blocks mix or gate the stream itself",
+    "positions that are computed, not learned, enter the stream",
+    "a convolution over tokens lies between what writes and the stream",
+)
+APART = "not decoder-only"
+
+
 @dataclass(frozen=True)
 class Result:
-    """What came out for one model type: exact, refused (and why), failed to be built, or wrong."""
+    """What came out for one model type: exact, refused, not decoder-only or not built (and why), or wrong."""
 
     kind: str
     status: str
@@ -117,26 +131,52 @@ def kinds() -> list[str]:
 
 def sweep_one(kind: str) -> Result:
     """Build, edit, reload and measure one type."""
+    config = CONFIG_MAPPING[kind](**SETTINGS.get(kind, {}))
+    if config.is_encoder_decoder:
+        return Result(kind, APART, why="encoder and decoder have a residual stream each")
     try:
-        twin = build_twin(CONFIG_MAPPING[kind](**SETTINGS.get(kind, {}))).float()
+        twin = build_twin(config).float()
     except AbliterateError as error:
         return Result(kind, "not built", why=_reason(error))
+    encoder = "" if _is_causal(twin) else "an encoder: text is read in both directions"
     with tempfile.TemporaryDirectory() as name:
         base, out = Path(name) / "base", Path(name) / "out"
         twin.save_pretrained(base)
+        _count_layers(base, twin.config.get_text_config(decoder=True))
         out.mkdir()
         checkpoint = open_checkpoint(base)
         try:
             plan = plan_edit(checkpoint)
         except AbliterateError as error:
-            return Result(kind, "refused", why=_reason(error, str(base)))
+            reason = _reason(error, str(base))
+            return Result(kind, APART if encoder else "refused", why=f"{encoder}; {reason}" if encoder else reason)
         first = plan.writers[0]
         r = np.random.default_rng(0).normal(size=checkpoint.tensors[first.tensor].shape[first.axis])
         r = (r / np.linalg.norm(r)).astype(np.float32)
         apply_edit(checkpoint, plan, r, out)
         before, after = (_share(type(twin), folder, r) for folder in (base, out))
     status = "exact" if after <= EXACT and after < 1e-3 * before else "WRONG"
-    return Result(kind, status, before, after, len(plan.writers))
+    return Result(kind, status, before, after, len(plan.writers), encoder)
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether what follows leaves a token's stream as it is."""
+    ids, part = random_ids(), text_part(model)
+    with torch.no_grad():
+        one, other = (
+            part(input_ids=x, use_cache=False, output_hidden_states=True).logits[:, :3]
+            for x in (ids, torch.cat([ids[:, :-1], ids[:, -1:].roll(1, 0)], dim=1))
+        )
+    return bool((one - other).abs().max() <= 1e-5 * one.abs().max())
+
+
+def _count_layers(folder: Path, text: PreTrainedConfig) -> None:
+    """Name the number of layers in config.json, as released checkpoints do where transformers derives it."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    part = config.get("text_config", config)
+    part.setdefault("num_hidden_layers", text.num_hidden_layers)
+    file.write_text(json.dumps(config), encoding="utf-8")
 
 
 def _share(model_class: Any, folder: Path, r: np.ndarray[Any, Any]) -> float:
@@ -172,6 +212,7 @@ def guarded(kind: str) -> Result:
         RuntimeError,
         OSError,
         MemoryError,
+        StrictDataclassError,
     ) as error:
         return Result(kind, "not built", why=f"{type(error).__name__}: {_reason(error)}".splitlines()[0])
     finally:
@@ -181,12 +222,27 @@ def guarded(kind: str) -> Result:
 def page(results: list[Result]) -> str:
     """The page of all results."""
     counts = Counter(r.status for r in results)
-    summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    reasons = Counter((r.status, r.why.split("; ")[0]) for r in results if r.status not in ("exact", "WRONG"))
+    lines = []
+    for status in ("exact", "WRONG", "refused", APART, "not built"):
+        if counts[status]:
+            lines.append(f"- **{counts[status]} {status}**")
+            lines += [f"  - {n}: {why}" for (s, why), n in reasons.most_common() if s == status and n > 1]
+            if single := [r.kind for r in results if reasons[status, r.why.split("; ")[0]] == 1 and r.status == status]:
+                lines.append(f"  - {len(single)} for other reasons: {', '.join(f'`{k}`' for k in single)}")
+    exact = sum(r.status == "exact" and not r.why for r in results)
+    other = [r.kind for r in results if r.status not in ("exact", APART) and r.why not in _OF_THE_MODEL]
+    share = f"{exact} of {exact + len(other)} ({100 * exact / (exact + len(other)):.1f}%)"
     rows = "\n".join(r.row for r in results)
     return (
         "# Architectures\n\n"
         f"Written by `uv run python scripts/sweep_architectures.py` with transformers {transformers.__version__}, "
-        f"which names {len(results)} types: {summary}.\n\n"
+        f"which names {len(results)} types that generate text:\n\n" + "\n".join(lines) + "\n\n"
+        f"Of the decoder-only types whose blocks add to one residual stream, {share} are exact. Decoder-only: no\n"
+        "encoder-decoder, and a token's logits do not change with later tokens. Blocks add to one stream: not refused\n"
+        "for one of the reasons "
+        + "; ".join(f"*{reason}*" for reason in _OF_THE_MODEL)
+        + f". Not exact, and counted against\nit: {', '.join(f'`{k}`' for k in other)}.\n\n"
         "A tiny checkpoint of each type's own configuration, random weights, is edited from file to file, loaded by\n"
         "plain transformers in float32 and run. The leak is the largest share of the direction in the stream at any\n"
         f"block, base → edited; exact means at most {EXACT:g}. *Not built*: no tiny model of the default\n"

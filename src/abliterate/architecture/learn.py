@@ -7,6 +7,7 @@ same edit can be made at run time. Never reads a real checkpoint's weights.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def learn_config(config: PreTrainedConfig) -> Architecture:
         finding = probe(twin)
         if finding.refused is not None:
             raise UnsupportedError(f"architecture '{config.model_type}': no edit can be exact: {finding.refused}")
-        return _describe(config.model_type, finding, trace(twin))
+        found = _describe(config.model_type, finding, trace(twin))
+        return replace(found, n_layers=config.get_text_config(decoder=True).num_hidden_layers)
     finally:
         torch.set_num_threads(threads)
 
@@ -128,7 +130,7 @@ def _sites(finding: Finding) -> list[str]:
         stream.run()
     for handle in handles:
         handle.remove()
-    full = stream.calls[min(stream.calls)].hidden.numel()
+    full = random_ids().numel() * stream.d_model
     found = []
     for writer in finding.writers:
         path, block = writer.parameter.rpartition(".")[0], f"{stream.path}.{writer.layer}"
@@ -140,7 +142,12 @@ def _sites(finding: Finding) -> list[str]:
             raise UnsupportedError(f"no module of its own carries what '{writer.parameter}' writes")
         found.append(path)
     _require_same(finding, found)
-    return [path.removeprefix(f"{stream.path}.{w.layer}.") for w, path in zip(finding.writers, found, strict=True)]
+    # Other classes that load the same files may have the embeddings at another path.
+    embeddings = {path for path, module in model.named_modules() if module is model.get_input_embeddings()}
+    return [
+        "embed" if path in embeddings else path.removeprefix(f"{stream.path}.{w.layer}.")
+        for w, path in zip(finding.writers, found, strict=True)
+    ]
 
 
 def _size(output: Any) -> int:

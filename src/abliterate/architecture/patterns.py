@@ -6,7 +6,7 @@ Owns the plain values that describe an architecture, and how they match names. I
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from abliterate.errors import UnsupportedError
@@ -53,7 +53,8 @@ class Architecture:
     """What is known of a model class: its writers, every other tensor of its blocks, the kinds of its layers.
 
     `prefix` is what stands before a layer's number in tensor names; `kinds` holds for each kind of layer the
-    patterns of the writers it has; `leak` what an edit left in the twin's stream.
+    patterns of the writers it has; `leak` what an edit left in the twin's stream; `n_layers` how many layers the
+    whole model has, by its configuration.
     """
 
     model_type: str
@@ -62,6 +63,7 @@ class Architecture:
     bystanders: tuple[str, ...]
     kinds: tuple[frozenset[str], ...]
     leak: float
+    n_layers: int = 0
 
 
 def regex(pattern: str) -> re.Pattern[str]:
@@ -78,7 +80,7 @@ def merge(
     Raises:
         UnsupportedError: a tensor's name does not hold its layer, or layers disagree about a tensor.
     """
-    writers = list(writers)
+    writers, names = list(writers), list(names)
     inside = [w for w in writers if w.layer is not None]
     if not inside:
         raise UnsupportedError(f"architecture '{model_type}': no block writes to the stream")
@@ -95,7 +97,9 @@ def merge(
         if patterns.setdefault(name, pattern) != pattern:
             raise UnsupportedError(f"architecture '{model_type}': layers differ in how '{name}' writes to the stream")
         kinds.setdefault(w.layer or 0, set()).add(name)
-    written = {w.tensor for w in inside}
+    if idle := {layer for layer in map(_layer(prefix), names) if layer is not None} - kinds.keys():
+        raise UnsupportedError(f"architecture '{model_type}': layer {min(idle)} does not run on text alone")
+    written = {w.tensor for w in inside} | _idle_experts(everything, kinds, running)
     bystanders = {running.get(p, p) for n, p in everything.items() if n not in written}
     if both := bystanders & patterns.keys():
         raise UnsupportedError(f"architecture '{model_type}': only some layers write with '{min(both)}'")
@@ -106,6 +110,17 @@ def merge(
         model_type, prefix, (*patterns.values(), *outside), tuple(sorted(bystanders)),
         tuple({frozenset(k): None for k in kinds.values()}), leak,
     )  # fmt: skip
+
+
+def _idle_experts(names: dict[str, str], kinds: dict[int, set[str]], running: dict[str, str]) -> set[str]:
+    """Experts to which the twin routed no text, though it did to others of the same layer: for images, say."""
+    found = set()
+    for name, layered in names.items():
+        pattern = running.get(layered)
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        if pattern is not None and "expert" in pattern and number and pattern in kinds.get(int(number.group()), ()):
+            found.add(name)
+    return found
 
 
 def _prefix(writers: list[WriterPattern], model_type: str) -> str:
@@ -121,6 +136,12 @@ def _prefix(writers: list[WriterPattern], model_type: str) -> str:
     if len(found) != 1:
         raise UnsupportedError(f"architecture '{model_type}': layers are named in several ways")
     return found.pop()
+
+
+def _layer(prefix: str) -> Callable[[str], int | None]:
+    """What tells the layer of a tensor by its name."""
+    pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+    return lambda name: int(found[1]) if (found := pattern.match(name)) else None
 
 
 def _with_layer(name: str, prefix: str) -> str:

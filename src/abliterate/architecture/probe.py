@@ -69,7 +69,7 @@ def probe(model: PreTrainedModel) -> Finding:
         r = random_unit(stream.d_model)
         writers: list[Writer] = []
         for layer, call in stream.calls.items():
-            why = _stream_is_changed(call)
+            why = _stream_is_changed(call, r)
             if why is not None:
                 return Finding(stream, (), stream.share(r), stream.share(r), why)
             writers += _of_block(stream, layer, call, r)
@@ -81,7 +81,7 @@ def probe(model: PreTrainedModel) -> Finding:
         edits = {w.parameter: _edited(parameters, w, r) for w in writers}
         with _replaced(parameters, edits):
             after = stream.share(r)
-    refused = None if after <= TOLERANCE and after < 1e-3 * before else "some of what reaches the stream has no writer"
+        refused = None if after <= TOLERANCE and after < 1e-3 * before else _without_writer(stream, outside, r)
     return Finding(stream, tuple(writers), before, after, refused)
 
 
@@ -128,18 +128,16 @@ def _of_block(stream: Stream, layer: int, call: BlockCall, r: torch.Tensor) -> l
     return [Writer(f"{prefix}{name}", axis, layer, full(gain)) for name, (axis, gain) in found.items()]
 
 
-def _stream_is_changed(call: BlockCall) -> str | None:
-    """Why a block without its matrices does not hand on its input times one number, or None if it does."""
+def _stream_is_changed(call: BlockCall, r: torch.Tensor) -> str | None:
+    """Why a block without its matrices puts the direction into a stream that has none of it; None if it does not."""
     parameters = dict(call.block.named_parameters())
     silent = {n: torch.zeros_like(p) for n, p in parameters.items() if p.ndim > 1}
-    one = call.hidden
+    one = call.hidden - (call.hidden @ r)[..., None] * r
     other = one.flip(-1) * 1.7 + 0.3 * one.roll(1, -1)
+    other = other - (other @ r)[..., None] * r
     with _replaced(parameters, silent):
         out, step = call.run(one) - call.run(other), one - other
-    if not bool(torch.isfinite(out).all()):
-        return None
-    scale = (out * step).sum() / (step * step).sum()
-    if (out - scale * step).norm() <= 1e-5 * step.norm():
+    if not bool(torch.isfinite(out).all()) or (out @ r).norm() <= 1e-5 * out.norm():
         return None
     ratio = out / step
     if (ratio - ratio.reshape(-1, ratio.shape[-1]).median(0).values).abs().median() < 1e-6:
@@ -151,6 +149,25 @@ def _stream_is_changed(call: BlockCall) -> str | None:
     if one.ndim > 3:
         return "blocks mix several streams (hyper-connections)"
     return "blocks mix or gate the stream itself"
+
+
+def _without_writer(stream: Stream, outside: dict[str, torch.nn.Parameter], r: torch.Tensor) -> str:
+    """Why what reaches the stream is not only what weights write to it, as far as can be told."""
+    with _replaced(outside, {name: torch.zeros_like(p) for name, p in outside.items()}):
+        if bool((stream.embed() @ r).abs().max() > COARSE):
+            return "positions that are computed, not learned, enter the stream"
+    embedding = stream.model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    width = embedding.shape[-1]
+    if stream.d_model > width and stream.d_model % width == 0:
+        return "blocks mix several streams (hyper-connections)"
+    if any(
+        p.ndim == 3 and p.shape[0] == stream.d_model and p.shape[1] == 1 and p.shape[2] > 1
+        for call in stream.calls.values()
+        for p in call.block.parameters()
+    ):
+        return "a convolution over tokens lies between what writes and the stream"
+    return "some of what reaches the stream has no writer"
 
 
 @contextmanager
@@ -185,7 +202,7 @@ class _Search:
         """Axis and gain of every writer.
 
         The last writers show at once; earlier ones when those found are zeroed; several that add up before one
-        norm when the others of them are zeroed too.
+        norm when another, or all others, of them are zeroed too.
         """
         while self._extend(()):
             pass
@@ -193,6 +210,8 @@ class _Search:
             while any(self._extend((name,)) for name in self._open_matrices()):
                 while self._extend(()):
                     pass
+        if not self._complete():
+            self._extend_apart()
         for name in [n for n in self.found if self._complete(without=n)]:
             del self.found[name]  # its edit changes nothing along the direction: it does not write
         return self.found
@@ -216,6 +235,13 @@ class _Search:
                 behind |= {shown[0].parameter} if shown[0] is not None else set()
         self.found |= new
         return bool(new)
+
+    def _extend_apart(self) -> None:
+        """Add the matrices that show as writers while all others are zeroed."""
+        for name, axis in [c for c in self.candidates if c[0] in self._open_matrices()]:
+            shown = self._test(name, axis, [n for n in (*self.found, *self._open_matrices()) if n != name])
+            if shown is not None and name not in self.found:
+                self.found[name] = (axis, shown[0])
 
     def _test(self, name: str, axis: int, zeroed: Iterable[str]) -> tuple[Gain | None] | None:
         """The gain (in a tuple) under which `name` writes along `axis` while others are zeroed; None if it does not."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -23,6 +24,7 @@ D_MODEL = 96
 VOCABULARY = 131
 MAX_PARAMETERS = 100_000_000
 _HEADS, _EXPERTS, _LAYERS, _MOST_LAYERS, _SIDE = (2, 4), 4, 3, 8, 16
+_WHOLE = 10**6
 
 _WIDTH = (
     "hidden_size", "d_model", "n_embd", "n_embed", "dim", "emb_dim", "model_dim", "embedding_size", "hidden_dim",
@@ -34,10 +36,12 @@ _SIDE_WIDTHS = (
     "projector_hidden_size", "merged_hidden_size", "projection_dim", "image_token_embed_dim", "hidden_sizes",
     "audio_hidden_size", "moe_hidden_size",
 )  # fmt: skip
-_TOWARDS_TEXT = ("adapter_out_dim", "text_hidden_size")
+_TOWARDS_TEXT = ("adapter_out_dim", "text_hidden_size", "out_hidden_size")
+#: Which layers of an image encoder are read, by number.
+_READ_LAYERS = ("vision_feature_layer", "vision_feature_layers")
 _HEAD_COUNTS = (
     "num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads", "num_heads",
-    "swa_num_attention_heads",
+    "swa_num_attention_heads", "linear_num_heads", "index_n_heads",
 )  # fmt: skip
 _KV_HEAD_COUNTS = (
     "num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_global_key_value_heads", "kv_n_heads",
@@ -46,19 +50,23 @@ _FEED_FORWARD = (
     "intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "d_ff",
     "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size", "shared_intermediate_size",
     "moe_shared_expert_intermediate_size", "dense_intermediate_size", "intermediate_size_mlp", "mlp_dim",
+    "dim_ff",
 )  # fmt: skip
-_EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "zero_expert_num")
 _CHOSEN_EXPERTS = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k",
 )  # fmt: skip
 _LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth",
-    "num_blocks",
+    "num_blocks", "layers",
 )  # fmt: skip
+#: How many tokens a recurrence computes at a time; the result is the same.
+_CHUNKS = ("chunk_size", "mamba_chunk_size")
 _REUSING_LAYERS = ("num_kv_shared_layers",)
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers")
 _REFUSALS = (
-    ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError, ImportError, AssertionError,
+    StrictDataclassError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError,
+    ImportError, AssertionError,
 )  # fmt: skip
 _EXPLICIT_HEADS = ("head_dim", "v_head_dim", "qk_nope_head_dim")
 
@@ -76,10 +84,11 @@ def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
     """
     text = vars(config.get_text_config(decoder=True))
     explicit = any(_is_size(text.get(name)) for name in _EXPLICIT_HEADS)
+    least = _least_depth(config)
     reasons = []
     forms = (1, 2), (torch.float64, torch.float32), _HEADS, (False, True) if explicit else (True, False)
     for repeats, dtype, heads, tied_to_heads in itertools.product(*forms):
-        made = _attempt(config, dtype, heads, tied_to_heads, repeats)
+        made = _attempt(config, dtype, heads, tied_to_heads, repeats, least)
         if not isinstance(made, str):
             return made
         reasons.append(made)
@@ -97,11 +106,11 @@ def _drop_lost_layers(fields: dict[str, Any]) -> None:
 
 
 def _attempt(
-    config: PreTrainedConfig, dtype: torch.dtype, heads: int, tied_to_heads: bool, repeats: int
+    config: PreTrainedConfig, dtype: torch.dtype, heads: int, tied_to_heads: bool, repeats: int, least: int
 ) -> PreTrainedModel | str:
     """The model of a configuration shrunken in one way, or why it does not run."""
     try:
-        return _runnable(shrink(config, heads, tied_to_heads, repeats), dtype)
+        return _runnable(shrink(config, heads, tied_to_heads, repeats, least), dtype)
     # The model classes of all of transformers are behind this call, and what each of them raises on a size it does
     # not like is not known; the reason is kept and given where no form runs.
     except _REFUSALS as error:
@@ -113,24 +122,46 @@ def random_ids(seed: int = 0) -> torch.Tensor:
     return torch.randint(5, VOCABULARY - 11, (2, 7), generator=torch.Generator().manual_seed(seed))
 
 
-def shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool, repeats: int = 1) -> PreTrainedConfig:
+def _least_depth(config: PreTrainedConfig) -> int:
+    """How many first layers have every kind of layer, by the parameters in them; 0 where that cannot be told."""
+    try:
+        with torch.device("meta"):
+            shape = _auto_class(config).from_config(shrink(config, 4, True, least=_WHOLE), dtype=torch.float32)
+    except _REFUSALS:
+        return 0
+    depth = _first(vars(config.get_text_config(decoder=True)), _LAYER_COUNTS)
+    least = 0
+    for layers in (m for m in shape.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth):
+        kinds = [tuple(name for name, _ in layer.named_parameters()) for layer in layers]
+        least = max(least, *(kinds.index(kind) + 1 for kind in set(kinds)))
+    return min(least, 2 * _MOST_LAYERS)
+
+
+def shrink(
+    config: PreTrainedConfig, heads: int, tied_to_heads: bool, repeats: int = 1, least: int = 0
+) -> PreTrainedConfig:
     """A copy of `config` with small sizes; `tied_to_heads` keeps `d_model = heads x head width`.
 
-    Every kind of layer is there `repeats` times: layers of one kind may share weights, and then one is not enough.
+    At least `least` layers stay, and every kind of layer that the configuration lists is there `repeats` times:
+    layers of one kind may share weights, and then one is not enough.
     """
     small = copy.deepcopy(config)
-    _shrink(small, heads, tied_to_heads, repeats)
-    _face_text(small, *(_first(vars(c.get_text_config(decoder=True)), _WIDTH) for c in (config, small)))
+    _shrink(small, heads, tied_to_heads, repeats, least)
+    _face_text(config, small, *(_first(vars(c.get_text_config(decoder=True)), _WIDTH) for c in (config, small)))
     fields = small.to_dict()
     _drop_lost_layers(fields)
     return type(small).from_dict(fields)  # sizes that follow from others are set again, as they will be on loading
 
 
-def _runnable(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _auto_class(config: PreTrainedConfig) -> Any:
     # A type with both classes has images in its checkpoints, and the names of that class; its text part alone is a
     # type of its own.
     pictures = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    auto: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+    return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+
+
+def _runnable(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    auto = _auto_class(config)
     with torch.device("meta"):
         shape = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
     size = sum(parameter.numel() for parameter in shape.parameters())
@@ -188,27 +219,34 @@ def _first(fields: dict[str, Any], names: Iterable[str]) -> int | None:
     return next((fields[name] for name in names if _is_size(fields.get(name))), None)
 
 
-def _shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool, repeats: int) -> None:
+def _shrink(config: PreTrainedConfig, heads: int, tied_to_heads: bool, repeats: int, least: int) -> None:
     fields = dict(vars(config))
     fields |= {name: fields[stored] for name, stored in config.attribute_map.items() if stored in fields}
     for value in fields.values():
         if isinstance(value, PreTrainedConfig):
-            _shrink(value, heads, tied_to_heads, repeats)
+            _shrink(value, heads, tied_to_heads, repeats, least)
     small = _widths(fields, heads, tied_to_heads) | _recurrence(fields) | _mixture(fields) | _vocabulary(fields)
-    small |= _depth(fields | small, repeats)
+    small |= _depth(fields | small, repeats, least)
     small |= _state_space(fields | small)
+    small |= {name: _few_layers(fields[name]) for name in _READ_LAYERS if name in fields}
     for name, value in small.items():
         setattr(config, name, value)
 
 
-def _face_text(config: PreTrainedConfig, before: int | None, after: int | None) -> None:
-    """Set, in place, the widths by which encoders of images or sound hand on to a text of that width."""
-    fields = dict(vars(config))
-    for name, value in fields.items():
+def _few_layers(numbers: Any) -> Any:
+    """Numbers of layers that an encoder of few layers has too."""
+    if isinstance(numbers, list | tuple):
+        return type(numbers)(range(len(numbers))) if len(numbers) <= _LAYERS else [0] * len(numbers)
+    return numbers if not isinstance(numbers, int) else max(-_LAYERS, min(numbers, _LAYERS - 1))
+
+
+def _face_text(config: PreTrainedConfig, small: PreTrainedConfig, before: int | None, after: int | None) -> None:
+    """Set, in `small`, the widths by which encoders of images or sound hand on to a text of that width."""
+    for name, value in dict(vars(config)).items():
         if isinstance(value, PreTrainedConfig):
-            _face_text(value, before, after)
+            _face_text(value, getattr(small, name), before, after)
         elif name in _TOWARDS_TEXT and value == before:
-            setattr(config, name, after)
+            setattr(small, name, after)
 
 
 def _widths(fields: dict[str, Any], most: int, tied_to_heads: bool) -> dict[str, Any]:
@@ -251,10 +289,14 @@ def _state_space(fields: dict[str, Any]) -> dict[str, Any]:
     """Heads of a state-space mixer, which must fill its widened stream; one group of them."""
     small: dict[str, Any] = {name: 1 for name in ("mamba_n_groups", "n_groups", "mamba_ngroups") if name in fields}
     width = _first(fields, _WIDTH)
+    small |= {name: min(16, fields[name]) for name in _CHUNKS if _is_size(fields.get(name))}
     inner = _first(fields, ("mamba_d_ssm",))
+    if inner:
+        small["mamba_d_ssm"] = inner = min(inner, 128)
     for count, head_width, factor in (
         ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
         ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+        ("mamba_num_heads", "mamba_head_dim", "expand"),
         ("num_heads", "head_dim", "expand"),
     ):
         if width and all(_is_size(fields.get(name)) for name in (count, head_width, factor)):
@@ -275,8 +317,8 @@ def _mixture(fields: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def _depth(fields: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """The shortest prefix of layers that has every kind of them `repeats` times, within `_MOST_LAYERS`.
+def _depth(fields: dict[str, Any], repeats: int, least: int) -> dict[str, Any]:
+    """The shortest prefix of layers that has every kind of them `repeats` times, within `_MOST_LAYERS`, and `least`.
 
     Layers at the end that reuse the keys and values of earlier ones are kept apart from those: two of them.
     """
@@ -295,7 +337,7 @@ def _depth(fields: dict[str, Any], repeats: int) -> dict[str, Any]:
         if _is_size(fields.get(name)):
             n_layers = max(n_layers, fields[name] + 1)
     reusing = {name: min(2, fields[name]) for name in _REUSING_LAYERS if _is_size(fields.get(name))}
-    n_layers = min(min(n_layers, most) + sum(reusing.values()), depth)
+    n_layers = min(max(min(n_layers, most), least) + sum(reusing.values()), depth)
     reusing |= {name: n_layers for name in reusing if fields[name] == depth}
     small: dict[str, Any] = {name: min(n_layers, fields[name]) for name in _LAYER_COUNTS if _is_size(fields.get(name))}
     return small | reusing | {name: type(values)(values[:n_layers]) for name, values in per_layer.items()}
