@@ -32,6 +32,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from abliterate.architecture.shrink import depth
 from abliterate.architecture.stream import find_stream
 from abliterate.architecture.twin import build_twin, random_ids, text_part
 from abliterate.checkpoint import open_checkpoint
@@ -138,7 +139,7 @@ def sweep_one(kind: str) -> Result:
         twin = build_twin(config).float()
     except AbliterateError as error:
         return Result(kind, "not built", why=_reason(error))
-    encoder = "" if _is_causal(twin) else "an encoder: text is read in both directions"
+    encoder = "" if _is_causal(twin) else "text is read in both directions"
     with tempfile.TemporaryDirectory() as name:
         base, out = Path(name) / "base", Path(name) / "out"
         twin.save_pretrained(base)
@@ -175,7 +176,7 @@ def _count_layers(folder: Path, text: PreTrainedConfig) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     part = config.get("text_config", config)
-    part.setdefault("num_hidden_layers", text.num_hidden_layers)
+    part.setdefault("num_hidden_layers", depth(text) or 0)
     file.write_text(json.dumps(config), encoding="utf-8")
 
 

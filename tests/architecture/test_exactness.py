@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from abliterate.architecture.learn import learn_config
+from abliterate.architecture.patterns import WriterPattern, merge
+from abliterate.architecture.shrink import Form, shrink
 from abliterate.architecture.stream import find_stream
-from abliterate.architecture.twin import build_twin, random_ids, shrink
+from abliterate.architecture.twin import build_twin, random_ids
 from abliterate.checkpoint import open_checkpoint
 from abliterate.edit.apply import EditRecord, apply_edit
 from abliterate.edit.plan import plan_edit
@@ -105,7 +107,16 @@ def test_hooks_compute_what_the_edited_files_compute(kind: str, checkpoints: dic
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("bert", "normalise"), ("openai-gpt", "normalise"), ("opt-post-norm", "normalise")],
+    [
+        ("bert", "normalise"),
+        ("openai-gpt", "normalise"),
+        ("opt-post-norm", "normalise"),
+        ("doge", "gain"),
+        ("xglm", "computed, not learned"),
+        ("bart", "encoder and decoder"),
+        ("mllama", "does not run on text alone"),
+        ("blt", "several stacks"),
+    ],
 )
 def test_streams_that_no_edit_can_clear_are_refused_by_name(kind: str, words: str) -> None:
     config = CONFIG_MAPPING["opt"](do_layer_norm_before=False) if kind == "opt-post-norm" else CONFIG_MAPPING[kind]()
@@ -155,10 +166,42 @@ def test_names_that_are_not_the_class_s_own_are_refused_or_left_alone(
 def test_what_is_set_apart_for_layers_that_a_twin_lacks_goes_with_them(tmp_path: Path) -> None:
     config = CONFIG_MAPPING["gemma4_text"]()
     assert max(map(int, config.to_dict()["per_layer_config"])) >= 8
-    shrink(config, 2, tied_to_heads=False).save_pretrained(tmp_path)
+    shrink(config, Form(2, tied_to_heads=False)).save_pretrained(tmp_path)
     small = AutoConfig.from_pretrained(tmp_path)
     layers = {int(layer) for layer in small.to_dict()["per_layer_config"]}
     assert layers and max(layers) < small.num_hidden_layers <= 8
+
+
+def test_a_twin_has_every_kind_of_layer_that_the_class_makes() -> None:
+    names = [n for n, _ in build_twin(CONFIG_MAPPING["jamba"]()).named_parameters()]
+    assert all(any(part in n for n in names) for part in (".mamba.", ".self_attn.", ".experts.", ".feed_forward.down"))
+
+
+def test_layers_that_share_their_weights_are_there_twice() -> None:
+    learned = learn_config(CONFIG_MAPPING["zamba2"]())
+    assert {w.role for w in learned.writers} == {"mixer out", "embed"}
+    assert len(learned.kinds) == 2 and learned.n_layers == 54
+
+
+def test_the_language_model_in_a_class_that_asks_for_images_is_looked_at_alone() -> None:
+    learned = learn_config(CONFIG_MAPPING["blip-2"]())
+    assert learned.prefix == "language_model.model.decoder.layers." and learned.leak < 1e-5
+    assert learned.n_layers == CONFIG_MAPPING["blip-2"]().text_config.num_hidden_layers
+
+
+def test_streams_that_are_mixed_but_never_turned_stay_free_of_the_direction() -> None:
+    learned = learn_config(CONFIG_MAPPING["hy_v4"]())
+    assert learned.leak < 1e-5 and {w.role for w in learned.writers} >= {"MLP out", "attention out", "embed"}
+
+
+def test_experts_that_no_text_reaches_are_edited_as_the_others_are() -> None:
+    def writer(tensor: str, role: str) -> WriterPattern:
+        return WriterPattern(tensor, 0, role, 0, None, "experts", None)
+
+    names = [f"model.layers.0.experts.{i}.down.weight" for i in range(4)] + ["model.layers.0.gate.weight"]
+    found = merge("m", [writer(n, "expert out") for n in names[:2]], names, 1, 0.0)
+    assert [w.tensor for w in found.writers] == ["model.layers.{layer}.experts.{n}.down.weight"]
+    assert found.bystanders == ("model.layers.{layer}.gate.weight",)
 
 
 def test_positions_that_all_rows_share_lose_each_row_s_own_direction() -> None:

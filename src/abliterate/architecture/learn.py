@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from abliterate.architecture.patterns import LAYER, Architecture, Gain, WriterPattern, merge
 from abliterate.architecture.probe import Finding, Writer, probe, random_unit, removed_from
+from abliterate.architecture.shrink import depth
 from abliterate.architecture.trace import Trace, trace
 from abliterate.architecture.twin import build_twin, random_ids
 from abliterate.errors import UnsupportedError
@@ -51,6 +52,9 @@ def learn_config(config: PreTrainedConfig) -> Architecture:
     """The architecture of a configuration; see `learn`."""
     if config.is_encoder_decoder:
         raise UnsupportedError(f"architecture '{config.model_type}': encoder and decoder have a residual stream each")
+    n_layers = depth(config)
+    if n_layers is None:
+        raise UnsupportedError(f"architecture '{config.model_type}': text runs through several stacks of blocks")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a twin's operations are too small to share
     try:
@@ -58,8 +62,7 @@ def learn_config(config: PreTrainedConfig) -> Architecture:
         finding = probe(twin)
         if finding.refused is not None:
             raise UnsupportedError(f"architecture '{config.model_type}': no edit can be exact: {finding.refused}")
-        found = _describe(config.model_type, finding, trace(twin))
-        return replace(found, n_layers=config.get_text_config(decoder=True).num_hidden_layers)
+        return replace(_describe(config.model_type, finding, trace(twin)), n_layers=n_layers)
     finally:
         torch.set_num_threads(threads)
 
@@ -130,7 +133,8 @@ def _sites(finding: Finding) -> list[str]:
         stream.run()
     for handle in handles:
         handle.remove()
-    full = random_ids().numel() * stream.d_model
+    hidden = stream.calls[min(stream.calls)].hidden
+    full = hidden.numel() if hidden.ndim == 3 else random_ids().numel() * stream.d_model  # of one of several streams
     found = []
     for writer in finding.writers:
         path, block = writer.parameter.rpartition(".")[0], f"{stream.path}.{writer.layer}"
