@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,8 @@ _OF_THE_MODEL = (
     "blocks mix or gate the stream itself",
     "positions that are computed, not learned, enter the stream",
     "a convolution over tokens lies between what writes and the stream",
+    "text runs through several stacks of blocks",
+    "all layers read keys and values of another model",
 )
 APART = "not decoder-only"
 
@@ -138,7 +140,8 @@ def sweep_one(kind: str) -> Result:
     try:
         twin = build_twin(config).float()
     except AbliterateError as error:
-        return Result(kind, "not built", why=_reason(error))
+        reason = _reason(error)
+        return Result(kind, "refused" if reason in _OF_THE_MODEL else "not built", why=reason)
     encoder = "" if _is_causal(twin) else "text is read in both directions"
     with tempfile.TemporaryDirectory() as name:
         base, out = Path(name) / "base", Path(name) / "out"
@@ -274,9 +277,10 @@ def main() -> None:
     results = []
     multiprocessing.set_forkserver_preload(["torch", "transformers", "abliterate.architecture.learn"])
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for result in workers.map(alone, sys.argv[1:] or kinds()):
-            results.append(result)
-            print(result.row, flush=True)
+        for done in as_completed([workers.submit(alone, kind) for kind in sys.argv[1:] or kinds()]):
+            results.append(done.result())
+            print(results[-1].row, flush=True)
+    results.sort(key=lambda result: result.kind)
     if not sys.argv[1:]:
         PAGE.write_text(page(results), encoding="utf-8")
     if any(r.status == "WRONG" for r in results):

@@ -67,14 +67,16 @@ def probe(model: PreTrainedModel) -> Finding:
     with torch.no_grad():
         stream = find_stream(model)
         r = random_unit(stream.d_model)
+        inner = f"{stream.path}."
+        outside = {n: p for n, p in model.named_parameters() if not n.startswith(inner)}
         writers: list[Writer] = []
         for layer, call in stream.calls.items():
             why = _stream_is_changed(call, r)
-            if why is not None:
-                return Finding(stream, (), stream.share(r), stream.share(r), why)
-            writers += _of_block(stream, layer, call, r)
-        inner = f"{stream.path}."
-        outside = {n: p for n, p in model.named_parameters() if not n.startswith(inner)}
+            found = None if why is not None else _of_block(stream, layer, call, r)
+            if found is None:
+                share = stream.share(r)
+                return Finding(stream, (), share, share, why or _without_writer(stream, outside, r))
+            writers += found
         writers += [Writer(n, axis, None, gain) for n, (axis, gain) in _Search(stream.embed, outside, r).find().items()]
         before = stream.share(r)
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -115,10 +117,14 @@ def random_unit(width: int) -> torch.Tensor:
     return unit
 
 
-def _of_block(stream: Stream, layer: int, call: BlockCall, r: torch.Tensor) -> list[Writer]:
+def _of_block(stream: Stream, layer: int, call: BlockCall, r: torch.Tensor) -> list[Writer] | None:
+    """The writers of a block; None if something else writes the direction too."""
     hidden = call.hidden
     hidden = hidden - (hidden @ r)[..., None] * r
-    found = _Search(lambda: call.run(hidden), dict(call.block.named_parameters()), r).find()
+    search = _Search(lambda: call.run(hidden), dict(call.block.named_parameters()), r)
+    found = search.find()
+    if not search.complete():
+        return None
     prefix = f"{stream.path}.{layer}."
 
     def full(gain: Gain | None) -> Gain | None:
@@ -206,13 +212,13 @@ class _Search:
         """
         while self._extend(()):
             pass
-        if not self._complete():
+        if not self.complete():
             while any(self._extend((name,)) for name in self._open_matrices()):
                 while self._extend(()):
                     pass
-        if not self._complete():
+        if not self.complete():
             self._extend_apart()
-        for name in [n for n in self.found if self._complete(without=n)]:
+        for name in [n for n in self.found if self.complete(without=n)]:
             del self.found[name]  # its edit changes nothing along the direction: it does not write
         return self.found
 
@@ -270,7 +276,7 @@ class _Search:
         with _replaced(self.parameters, values):
             return self.run()
 
-    def _complete(self, without: str | None = None) -> bool:
+    def complete(self, without: str | None = None) -> bool:
         """Whether editing all that was found (but `without`) takes the direction out of the whole computation."""
         edits = {
             name: _edited(self.parameters, Writer(name, axis, None, gain), self.r)

@@ -108,7 +108,7 @@ def find_stream(model: PreTrainedModel) -> Stream:
     """The longest list of modules that a text runs through and that keep the shape of what they are given.
 
     Raises:
-        UnsupportedError: there is no such list.
+        UnsupportedError: there is no such list, or another beside it.
     """
     lists = {
         (path, i): module
@@ -131,6 +131,9 @@ def find_stream(model: PreTrainedModel) -> Stream:
             f"architecture '{model.config.model_type}': no list of blocks that keep a stream's shape"
         )
     path = max(by_path, key=lambda p: (len(by_path[p]), -len(p)))
+    others = [p for p in by_path if not f"{p}.".startswith(f"{path}.") and len(by_path[p]) == len(by_path[path])]
+    if others:
+        raise UnsupportedError(f"architecture '{model.config.model_type}': text runs through several stacks of blocks")
     return Stream(model, part, path, dict(sorted(by_path[path].items())))
 
 

@@ -37,6 +37,8 @@ def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         UnsupportedError: no shrunken form of the configuration runs; gives the reason.
     """
+    if (getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None) or 0) == (depth(config) or -1):
+        raise UnsupportedError(f"architecture '{config.model_type}': all layers read keys and values of another model")
     reasons = []
     ways = list(forms(config, _least_depth(config)))
     for dtype, form in itertools.product((torch.float64, torch.float32), ways):
@@ -44,7 +46,7 @@ def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
         if not isinstance(made, str):
             return made
         reasons.append(made)
-    raise UnsupportedError(f"architecture '{config.model_type}': no small model of it runs ({reasons[0]})")
+    raise UnsupportedError(f"architecture '{config.model_type}': no small model of it runs ({reasons[0][:150]})")
 
 
 def _attempt(config: PreTrainedConfig, dtype: torch.dtype, form: Form) -> PreTrainedModel | str:
@@ -54,7 +56,7 @@ def _attempt(config: PreTrainedConfig, dtype: torch.dtype, form: Form) -> PreTra
     # The model classes of all of transformers are behind this call, and what each of them raises on a size it does
     # not like is not known; the reason is kept and given where no form runs.
     except _REFUSALS as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def random_ids(seed: int = 0) -> torch.Tensor:
