@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from abliterate.architecture.learn import learn_config
-from abliterate.architecture.patterns import WriterPattern, merge
+from abliterate.architecture.patterns import Gain, WriterPattern, merge, regex
 from abliterate.architecture.shrink import Form, shrink
 from abliterate.architecture.stream import find_stream
 from abliterate.architecture.twin import build_twin, random_ids
@@ -202,6 +202,22 @@ def test_experts_that_no_text_reaches_are_edited_as_the_others_are() -> None:
     found = merge("m", [writer(n, "expert out") for n in names[:2]], names, 1, 0.0)
     assert [w.tensor for w in found.writers] == ["model.layers.{layer}.experts.{n}.down.weight"]
     assert found.bystanders == ("model.layers.{layer}.gate.weight",)
+
+
+def test_layers_of_one_kind_may_write_through_a_norm_where_others_do_not() -> None:
+    norm = Gain("model.layers.1.norm.weight", "norm.weight", 0.0, centred=False)
+    writers = [
+        WriterPattern(f"model.layers.{i}.out.weight", 0, "MLP out", i, gain, "out", None)
+        for i, gain in enumerate([None, norm])
+    ]
+    names = [w.tensor for w in writers] + ["model.layers.1.norm.weight"]
+    plain, behind = merge("m", writers, names, 2, 0.0, ["a", "b", "b", "a"]).writers
+    assert plain.gain is None and behind.gain is not None and behind.gain.tensor == "model.layers.{layer}.norm.weight"
+    for layer, expected in enumerate([plain, behind, behind, plain]):
+        (found,) = [p for p in (plain, behind) if regex(p.tensor).fullmatch(f"model.layers.{layer}.out.weight")]
+        assert found == expected
+    with pytest.raises(UnsupportedError, match="layers differ"):
+        merge("m", writers, names, 2, 0.0, ["a", "a", "b", "b"])
 
 
 def test_positions_that_all_rows_share_lose_each_row_s_own_direction() -> None:

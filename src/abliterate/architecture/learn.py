@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from abliterate.architecture.patterns import LAYER, Architecture, Gain, WriterPattern, merge
 from abliterate.architecture.probe import Finding, Writer, probe, random_unit, removed_from
-from abliterate.architecture.shrink import depth
+from abliterate.architecture.shrink import depth, layer_kinds
 from abliterate.architecture.trace import Trace, trace
 from abliterate.architecture.twin import build_twin, random_ids
 from abliterate.errors import UnsupportedError
@@ -62,12 +62,12 @@ def learn_config(config: PreTrainedConfig) -> Architecture:
         finding = probe(twin)
         if finding.refused is not None:
             raise UnsupportedError(f"architecture '{config.model_type}': no edit can be exact: {finding.refused}")
-        return replace(_describe(config.model_type, finding, trace(twin)), n_layers=n_layers)
+        return replace(_describe(config, finding, trace(twin)), n_layers=n_layers)
     finally:
         torch.set_num_threads(threads)
 
 
-def _describe(model_type: str, finding: Finding, traced: Trace) -> Architecture:
+def _describe(config: PreTrainedConfig, finding: Finding, traced: Trace) -> Architecture:
     sites = _sites(finding)
     embedding, head = _embedding_and_head(finding.stream.model, traced)
     found, block = list[WriterPattern](), f"{finding.stream.path}.{LAYER}."
@@ -81,7 +81,7 @@ def _describe(model_type: str, finding: Finding, traced: Trace) -> Architecture:
             beside = head if t.name == embedding else None
             role, path = _role(writer), writer.parameter.replace(f"{finding.stream.path}.{writer.layer}.", block, 1)
             found.append(WriterPattern(t.name, t.axis, role, writer.layer, gain, site, beside, path))
-    return merge(model_type, found, traced.names, len(finding.stream.calls), finding.after)
+    return merge(config.model_type, found, traced.names, len(finding.stream.calls), finding.after, layer_kinds(config))
 
 
 def _embedding_and_head(model: PreTrainedModel, traced: Trace) -> tuple[str | None, str | None]:

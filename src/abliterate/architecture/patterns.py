@@ -6,7 +6,7 @@ Owns the plain values that describe an architecture, and how they match names. I
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from abliterate.errors import UnsupportedError
@@ -31,6 +31,8 @@ class Gain:
 @dataclass(frozen=True, slots=True)
 class WriterPattern:
     """Tensors that write to the stream along `axis`: a name with `{layer}` and `{n}` for numbers that run.
+
+    Where tensors of one name write differently in layers of different kinds, `{layer:0|2}` names the layers meant.
 
     `layer` is a layer of the twin, or None outside the blocks. `module` is the path (within the block, or of the
     model outside) of the module whose output carries what is written; `head` is the tensor of the LM head beside the
@@ -69,13 +71,21 @@ class Architecture:
 def regex(pattern: str) -> re.Pattern[str]:
     """A pattern as a regular expression with the group `layer`."""
     text = re.escape(pattern).replace(re.escape(LAYER), r"(?P<layer>\d+)", 1)
+    text = re.sub(r"\\{layer:([\d\\|]+)\\}", lambda found: f"(?P<layer>{found[1]})".replace("\\", ""), text, count=1)
     return re.compile(text.replace(re.escape(NUMBER), r"\d+"))
 
 
 def merge(
-    model_type: str, writers: Iterable[WriterPattern], names: Iterable[str], n_layers: int, leak: float
+    model_type: str,
+    writers: Iterable[WriterPattern],
+    names: Iterable[str],
+    n_layers: int,
+    leak: float,
+    labels: Sequence[str] = (),
 ) -> Architecture:
     """Turn the writers found in each layer of a twin, and all its tensor names, into patterns.
+
+    `labels` are the kinds of all layers of the whole model, by its configuration; the twin's layers are its first.
 
     Raises:
         UnsupportedError: a tensor's name does not hold its layer, or layers disagree about a tensor.
@@ -88,28 +98,46 @@ def merge(
     layered = {w.tensor: _with_layer(w.tensor, prefix) for w in inside}
     everything = {n: _with_layer(n, prefix) for n in names if n.startswith(prefix)}
     running = _running(set(everything.values()))
-    patterns: dict[str, WriterPattern] = {}
-    kinds: dict[int, set[str]] = {}
+    found: dict[str, dict[WriterPattern, set[int]]] = {}
     for w in inside:
         name = running.get(layered[w.tensor], layered[w.tensor])
         gain = replace(w.gain, tensor=_with_layer(w.gain.tensor, prefix)) if w.gain and w.gain.tensor else w.gain
         pattern = replace(w, tensor=name, gain=gain, layer=0)
-        if patterns.setdefault(name, pattern) != pattern:
-            raise UnsupportedError(f"architecture '{model_type}': layers differ in how '{name}' writes to the stream")
-        kinds.setdefault(w.layer or 0, set()).add(name)
+        found.setdefault(name, {}).setdefault(pattern, set()).add(w.layer or 0)
+    patterns, kinds = list[WriterPattern](), dict[int, set[str]]()
+    for variants in found.values():
+        for pattern, layers in variants.items():
+            patterns.append(pattern if len(variants) == 1 else _of_kinds(pattern, layers, labels, model_type))
+            for layer in layers:
+                kinds.setdefault(layer, set()).add(patterns[-1].tensor)
     if idle := {layer for layer in map(_layer(prefix), names) if layer is not None} - kinds.keys():
         raise UnsupportedError(f"architecture '{model_type}': layer {min(idle)} does not run on text alone")
     written = {w.tensor for w in inside} | _idle_experts(everything, kinds, running)
     bystanders = {running.get(p, p) for n, p in everything.items() if n not in written}
-    if both := bystanders & patterns.keys():
+    if both := bystanders & found.keys():
         raise UnsupportedError(f"architecture '{model_type}': only some layers write with '{min(both)}'")
     if len(kinds) != n_layers:
         raise UnsupportedError(f"architecture '{model_type}': some layers write nothing to the stream")
     outside = [w for w in writers if w.layer is None]
     return Architecture(
-        model_type, prefix, (*patterns.values(), *outside), tuple(sorted(bystanders)),
+        model_type, prefix, (*patterns, *outside), tuple(sorted(bystanders)),
         tuple({frozenset(k): None for k in kinds.values()}), leak,
     )  # fmt: skip
+
+
+def _of_kinds(pattern: WriterPattern, layers: set[int], labels: Sequence[str], model_type: str) -> WriterPattern:
+    """A pattern for those layers of the whole model that are of the same kinds as `layers` of the twin.
+
+    Raises:
+        UnsupportedError: layers of these kinds write in another way too.
+    """
+    alike = [layer for layer, label in enumerate(labels) if label in {labels[i] for i in layers}]
+    seen = {layer for layer in alike if layer <= max(layers)}
+    if not alike or seen != layers:
+        raise UnsupportedError(
+            f"architecture '{model_type}': layers differ in how '{pattern.tensor}' writes to the stream"
+        )
+    return replace(pattern, tensor=pattern.tensor.replace(LAYER, f"{{layer:{'|'.join(map(str, alike))}}}"))
 
 
 def _idle_experts(names: dict[str, str], kinds: dict[int, set[str]], running: dict[str, str]) -> set[str]:

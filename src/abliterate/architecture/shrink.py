@@ -93,6 +93,15 @@ def depth(config: PreTrainedConfig) -> int | None:
     return _first(vars(text) | _derived(text), _LAYER_COUNTS)
 
 
+def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
+    """What a configuration lists for each layer of its text, as one word a layer; nothing where it lists nothing."""
+    lists = [
+        v for v in vars(config.get_text_config(decoder=True)).values() if isinstance(v, list | tuple)
+        if len(v) == depth(config)
+    ]  # fmt: skip
+    return tuple(map(str, zip(*lists, strict=True)))
+
+
 def _derived(config: PreTrainedConfig) -> dict[str, Any]:
     """The number of layers where it is not a field of its own, but the length of a list of their kinds."""
     return {"num_hidden_layers": getattr(config, "num_hidden_layers", None)}
