@@ -1,7 +1,9 @@
 """Edit a tiny checkpoint of every architecture that transformers can generate text with, and measure what is left.
 
-uv run python scripts/sweep_architectures.py [TYPE ...]    prints one line for each; without TYPE all, and writes
-                                                           docs/architectures.md
+uv run python scripts/sweep_architectures.py [--kept] [TYPE ...]
+
+Prints one line for each TYPE. Without TYPE all are swept, and docs/architectures.md and the architectures kept in the
+package are written; with --kept nothing is learned or written, and the edits are made by what is kept, as `edit` does.
 Each type's own configuration is shrunk, saved with random weights, edited from file to file by the engine that `edit`
 uses, loaded by plain transformers in float32, and run: the largest share of the direction in the stream of any block
 is the leak. A type is exact at 1e-5 or less; a leak above that which was not refused is a failure of the sweep.
@@ -20,7 +22,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +34,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from abliterate.architecture import kept
+from abliterate.architecture.learn import learn_config
 from abliterate.architecture.shrink import depth
 from abliterate.architecture.stream import find_stream
 from abliterate.architecture.twin import build_twin, random_ids, text_part
@@ -115,6 +119,7 @@ class Result:
     after: float = 0.0
     writers: int = 0
     why: str = ""
+    keep: dict[str, Any] | None = None
 
     @property
     def row(self) -> str:
@@ -132,8 +137,8 @@ def kinds() -> list[str]:
     return sorted({*causal, *images})
 
 
-def sweep_one(kind: str) -> Result:
-    """Build, edit, reload and measure one type."""
+def sweep_one(kind: str, as_kept: bool) -> Result:
+    """Build, edit, reload and measure one type, by a new experiment or as it is kept."""
     config = CONFIG_MAPPING[kind](**SETTINGS.get(kind, {}))
     if config.is_encoder_decoder:
         return Result(kind, APART, why="encoder and decoder have a residual stream each")
@@ -141,7 +146,7 @@ def sweep_one(kind: str) -> Result:
         twin = build_twin(config).float()
     except AbliterateError as error:
         reason = _reason(error)
-        return Result(kind, "refused" if reason in _OF_THE_MODEL else "not built", why=reason)
+        return _refused(config, kind, reason)
     encoder = "" if _is_causal(twin) else "text is read in both directions"
     with tempfile.TemporaryDirectory() as name:
         base, out = Path(name) / "base", Path(name) / "out"
@@ -150,17 +155,34 @@ def sweep_one(kind: str) -> Result:
         out.mkdir()
         checkpoint = open_checkpoint(base)
         try:
-            plan = plan_edit(checkpoint)
+            known = None if as_kept else replace(learn_config(config), n_layers=0)  # the tiny one has fewer
+            plan = plan_edit(checkpoint, known=known)
         except AbliterateError as error:
             reason = _reason(error, str(base))
-            return Result(kind, APART if encoder else "refused", why=f"{encoder}; {reason}" if encoder else reason)
+            if encoder:
+                return Result(kind, APART, why=f"{encoder}; {reason}")
+            return replace(_refused(config, kind, reason), status="refused")
         first = plan.writers[0]
         r = np.random.default_rng(0).normal(size=checkpoint.tensors[first.tensor].shape[first.axis])
         r = (r / np.linalg.norm(r)).astype(np.float32)
         apply_edit(checkpoint, plan, r, out)
         before, after = (_share(type(twin), folder, r) for folder in (base, out))
     status = "exact" if after <= EXACT and after < 1e-3 * before else "WRONG"
-    return Result(kind, status, before, after, len(plan.writers), encoder)
+    keep = kept.entry(_plain(config), known) if known is not None and status == "exact" else None
+    return Result(kind, status, before, after, len(plan.writers), encoder, keep)
+
+
+def _refused(config: PreTrainedConfig, kind: str, reason: str) -> Result:
+    """A type that cannot be edited exactly, which is kept as well, or that could not be built."""
+    of_the_model = reason in _OF_THE_MODEL
+    keep = kept.entry(_plain(config), reason) if of_the_model else None
+    return Result(kind, "refused" if of_the_model else "not built", why=reason, keep=keep)
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration as its file has it, with every default."""
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return plain
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
@@ -197,7 +219,7 @@ def _reason(error: Exception, folder: str = "-") -> str:
     return text.replace("|", "/")
 
 
-def guarded(kind: str) -> Result:
+def guarded(kind: str, as_kept: bool) -> Result:
     """One type, with the errors of classes that cannot even be configured, and a limit on its time."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -206,7 +228,7 @@ def guarded(kind: str) -> Result:
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        return sweep_one(kind)
+        return sweep_one(kind, as_kept)
     except (
         ValueError,
         TypeError,
@@ -255,11 +277,11 @@ def page(results: list[Result]) -> str:
     )
 
 
-def alone(kind: str) -> Result:
+def alone(kind: str, as_kept: bool) -> Result:
     """One type in a process of its own, so that a process that dies takes only its own row along."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), _quietly_on_one_thread) as worker:
         try:
-            return worker.submit(guarded, kind).result()
+            return worker.submit(guarded, kind, as_kept).result()
         except BrokenProcessPool:
             return Result(kind, "not built", why=f"its process was ended, perhaps beyond {MEMORY >> 30} GiB")
 
@@ -273,16 +295,19 @@ def _quietly_on_one_thread() -> None:
 
 
 def main() -> None:
-    """Sweep the types named, or all of them and write the page."""
+    """Sweep the types named, or all of them and write the page and what is kept."""
+    as_kept = "--kept" in sys.argv
+    named = [argument for argument in sys.argv[1:] if argument != "--kept"]
     results = []
     multiprocessing.set_forkserver_preload(["torch", "transformers", "abliterate.architecture.learn"])
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for done in as_completed([workers.submit(alone, kind) for kind in sys.argv[1:] or kinds()]):
+        for done in as_completed([workers.submit(alone, kind, as_kept) for kind in named or kinds()]):
             results.append(done.result())
             print(results[-1].row, flush=True)
     results.sort(key=lambda result: result.kind)
-    if not sys.argv[1:]:
+    if not named and not as_kept:
         PAGE.write_text(page(results), encoding="utf-8")
+        kept.write({r.kind: r.keep for r in results if r.keep is not None})
     if any(r.status == "WRONG" for r in results):
         sys.exit(1)
 

@@ -48,7 +48,7 @@ def organism(
     steps: int = 240,
     **sizes: Any,
 ) -> Path:
-    """Train and save a model of a kind (sharded, tied, bf16), with `harmful.txt` and `harmless.txt` beside its folder."""
+    """Train and save a model of a kind (sharded, tied, bf16), with `harmful.txt` and `harmless.txt` beside it."""
     torch.manual_seed(0)
     tokenizer = _tokenizer()
     settings: dict[str, Any] = dict(

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from abliterate.architecture.patterns import Architecture, Gain, WriterPattern
+from abliterate.architecture.patterns import ONLY, Architecture, Gain, WriterPattern
 
 FILE = Path(__file__).with_name("kept.json")
 #: What a configuration says that has no part in what writes to the stream: names, versions, activations, caches.
@@ -37,11 +37,16 @@ def find(config: dict[str, Any]) -> Architecture | str | None:
     return entry["refused"] if "refused" in entry else _architecture(entry)
 
 
-def entry(config: dict[str, Any], found: Architecture | str) -> dict[str, Any]:
-    """What to keep of an experiment on a configuration: an architecture, or why it is refused."""
+def entry(config: dict[str, Any], found: Architecture | str) -> dict[str, Any] | None:
+    """What to keep of an experiment on a configuration: an architecture, or why it is refused.
+
+    None where what was found holds for certain layers of this configuration alone.
+    """
     if isinstance(found, str):
         return {"structure": _structure(config), "refused": found}
-    plain = asdict(found)
+    if any(ONLY in w.tensor for w in found.writers):
+        return None
+    plain = asdict(found) | {"n_layers": 0}  # another configuration has others
     plain["kinds"] = [sorted(kind) for kind in found.kinds]
     return {"structure": _structure(config), **plain}
 

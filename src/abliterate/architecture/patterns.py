@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from abliterate.errors import UnsupportedError
 
 LAYER, NUMBER = "{layer}", "{n}"
+#: How a name begins that stands for certain layers only.
+ONLY = "{layer:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class WriterPattern:
     gain: Gain | None
     module: str
     head: str | None
-    parameter: str
+    parameter: str = ""
 
 
 @dataclass(frozen=True)

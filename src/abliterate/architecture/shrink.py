@@ -262,7 +262,11 @@ def _depth(fields: dict[str, Any], form: Form) -> dict[str, Any]:
 
 def _vocabulary(fields: dict[str, Any]) -> dict[str, Any]:
     """A small vocabulary, with every special token in it; tokens that stand for images lie apart from the rest."""
-    small: dict[str, Any] = {k: VOCABULARY for k, v in fields.items() if "vocab" in k and _is_size(v) and v > 512}
+    small: dict[str, Any] = {
+        name: VOCABULARY
+        for name, value in fields.items()
+        if "vocab" in name and _is_size(value) and (value > 512 or name == "vocab_size")
+    }
     for name, value in fields.items():
         if not name.endswith(("token_id", "token_index")):
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from abliterate.architecture.patterns import Architecture
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.storage import matrices
 from abliterate.edit.untie import Untied
@@ -51,8 +52,8 @@ class EditPlan:
         return found + [WriterSite(None, "head", w.gain_parameter, w.gain_offset, w.centred) for w in tied]
 
 
-def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit") -> EditPlan:
-    """The plan to edit every residual writer of a checkpoint.
+def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit", known: Architecture | None = None) -> EditPlan:
+    """The plan to edit every residual writer of a checkpoint, by what is kept or learned of its class, or `known`.
 
     With `embeddings="edit"` the stream loses the direction entirely; an embedding that is tied to the LM
     head takes the direction out of what the head reads as well. With "untie" the head gets a copy of its own first,
@@ -62,7 +63,7 @@ def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit") -> EditPl
     Raises:
         UnsupportedError: weights that cannot be placed, or are stored in a type that cannot be edited; names them.
     """
-    writers = residual_writers(checkpoint)
+    writers = residual_writers(checkpoint, known)
     kept = {w.tensor: "--embeddings keep" for w in writers if w.role == "embed" and embeddings == "keep"}
     edited = tuple(w for w in writers if w.tensor not in kept)
     for w in edited:

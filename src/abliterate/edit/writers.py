@@ -99,7 +99,7 @@ def _placed(checkpoint: Checkpoint, known: Architecture) -> list[ResidualWriter]
     bystanders = [regex(p) for p in known.bystanders]
     in_block = re.compile(rf"{re.escape(known.prefix)}(\d+)\.")
     writers, unplaced, matched = list[ResidualWriter](), [], dict[int, set[str]]()
-    n_layers = checkpoint.n_layers
+    n_layers = known.n_layers or checkpoint.n_layers
     for name, tensor in checkpoint.tensors.items():
         logical = logical_name(checkpoint, name)
         if logical is None or _is_leftover(tensor):
