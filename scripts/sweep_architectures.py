@@ -216,7 +216,7 @@ def _reason(error: Exception, folder: str = "-") -> str:
     text = str(error).split("; cannot tell which")[0].replace(f"{folder}: ", "")
     for opening in (r"architecture '[^']*': ", "no edit can be exact: ", r"no small model of it runs \((.*)\)$"):
         text = re.sub(opening, r"\1" if "(.*)" in opening else "", text)
-    return text.replace("|", "/")
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("|", "/").replace("<", "&lt;")
 
 
 def guarded(kind: str, as_kept: bool) -> Result:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import textwrap
 import warnings
 from typing import Any
 
@@ -37,7 +38,8 @@ def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         UnsupportedError: no shrunken form of the configuration runs; gives the reason.
     """
-    if (getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None) or 0) == (depth(config) or -1):
+    reusing = getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None)
+    if reusing and reusing == depth(config):
         raise UnsupportedError(f"architecture '{config.model_type}': all layers read keys and values of another model")
     reasons = []
     ways = list(forms(config, _least_depth(config)))
@@ -46,7 +48,11 @@ def build_twin(config: PreTrainedConfig) -> PreTrainedModel:
         if not isinstance(made, str):
             return made
         reasons.append(made)
-    raise UnsupportedError(f"architecture '{config.model_type}': no small model of it runs ({reasons[0][:150]})")
+    raise UnsupportedError(f"architecture '{config.model_type}': no small model of it runs ({_short(reasons[0])})")
+
+
+def _short(reason: str) -> str:
+    return textwrap.shorten(reason, 150, placeholder=" …")
 
 
 def _attempt(config: PreTrainedConfig, dtype: torch.dtype, form: Form) -> PreTrainedModel | str:
@@ -56,7 +62,7 @@ def _attempt(config: PreTrainedConfig, dtype: torch.dtype, form: Form) -> PreTra
     # The model classes of all of transformers are behind this call, and what each of them raises on a size it does
     # not like is not known; the reason is kept and given where no form runs.
     except _REFUSALS as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{type(error).__name__}: {error}"
 
 
 def random_ids(seed: int = 0) -> torch.Tensor:
