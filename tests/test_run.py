@@ -320,3 +320,18 @@ def test_senseless_options_are_named_with_what_is_expected(
     with pytest.raises(UsageError, match=message.replace("--", "-*")):
         abliterate.run(str(refusing.folder), tmp_path / "out", **(refusing.options | {option: value}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_layout_is_run_whole(tmp_path: Path) -> None:
+    """GPT-2: transposed matrices, biases, learned positions, LayerNorms; nothing in common with Llama's names."""
+    from transformers import GPT2Config
+
+    from tests.organism import organism
+
+    model = organism(tmp_path / "model", kind=GPT2Config)
+    options = {"harmful": str(tmp_path / "harmful.txt"), "harmless": str(tmp_path / "harmless.txt")}
+    record = abliterate.run(str(model), tmp_path / "out", device="cpu", dtype="float32", max_kl=20.0, **options)
+    rate, leak = record.metric("refusal_rate"), record.metric("leak")
+    assert rate is not None and rate["base"] > 0.9 and rate["edited"] < 0.1
+    assert leak is not None and leak["base"] > 0.1 and leak["edited"] < 1e-4
+    assert len(record.edits) == 2 + 4 * 4 and record.tied_head is not None

@@ -26,6 +26,8 @@ NOT_SIDE_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
 RECORDS = "abliteration"
 #: Values of `quant_method` whose weights are codes with scales beside them: FP8 of several makers, and MXFP4.
 QUANTISED = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
+#: What the language model's part of a configuration is called where it is one of several.
+LANGUAGE = ("text_config", "llm_config", "language_config", "language_model_config")
 _SAMPLE = 1 << 16
 
 
@@ -76,8 +78,10 @@ class Checkpoint:
 
     @property
     def _language(self) -> list[dict[str, Any]]:
-        """The configuration, and the part of it that is the language model's."""
-        return [self.config, *(v for v in self.config.values() if isinstance(v, dict) and "vocab_size" in v)]
+        """The part of the configuration that is the language model's, and the whole; others only if these lack it."""
+        parts = [self.config[name] for name in LANGUAGE if isinstance(self.config.get(name), dict)]
+        others = [v for v in self.config.values() if isinstance(v, dict) and "vocab_size" in v]
+        return [*parts, self.config, *(part for part in others if not parts and part not in parts)]
 
     @property
     def model_type(self) -> str:

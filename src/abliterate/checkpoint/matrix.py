@@ -42,6 +42,11 @@ class Matrix:
         for start in range(0, self.rows, step):
             yield np.arange(start, min(self.rows, start + step))
 
+    def announce(self, fd: int) -> None:
+        """Ask the kernel to read all of it ahead, where it can be asked."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, self.offset, self.rows * self.row_bytes, os.POSIX_FADV_WILLNEED)
+
     def read(self, fd: int, rows: Rows) -> Raw:
         """The raw bytes `[n, row_bytes]` of `rows`, which are in rising order.
 

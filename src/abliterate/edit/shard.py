@@ -73,6 +73,7 @@ class PlannedTensor:
         removed = []
         for i, matrix in enumerate(matrices(self.checkpoint, self.info, self.writer.axis)):
             if i % job[1] == job[0]:
+                matrix.announce(source)
                 undo = sidecar.piece(number, i, matrix) if sidecar is not None else None
                 removed.append(project(matrix, source, target, self.removal, undo))
         return removed
