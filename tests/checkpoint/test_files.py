@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.codecs import Plain
 from abliterate.checkpoint.safetensors_file import read_header
+from abliterate.checkpoint.storage import matrices
 from abliterate.errors import CheckpointError, UnsupportedError
 
 Tiny = Callable[..., Path]
@@ -95,6 +97,87 @@ def test_damaged_files_are_refused_by_what_is_wrong(header: Any, data: bytes, wo
     path = write(tmp_path / "x.safetensors", header, data)
     with pytest.raises(CheckpointError, match=f"x.safetensors.*{words}"):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "words"),
+    [
+        ({f"t{i}": entry(0, 16, [2, 2]) for i in range(1000)}, bytes(16), "overlaps"),
+        ({"a": entry(0, 8), "b": entry(4, 4)}, bytes(8), "'b' at byte .* overlaps"),
+        ({"a": entry(0, 4), "b": entry(8, 8)}, bytes(8), "'b' at byte .* hole"),
+        ({"a": entry(0, 1 << 63, [1 << 61])}, bytes(8), "truncated"),
+        ({"a": entry(8, 0, [2])}, bytes(8), "'a' spans -8"),
+        ({"a": entry(1 << 70, (1 << 70) + 8)}, bytes(8), "'a' at byte .* hole"),
+        ({"a": entry(0, 0, [1 << 32, 1 << 32])}, b"", "more elements than 64 bits"),
+        ({"a": entry(0, 0, [1 << 62, 1 << 62, 0])}, b"", "more elements than 64 bits"),
+        ({"a": entry(0, 0, [0, 1 << 64])}, b"", "more elements than 64 bits"),
+        ({"a": entry(0, 8, [9] * 100_000)}, bytes(8), "100000 axes with more elements"),
+        ({"a": entry(0, 8, [True, 2])}, bytes(8), r"'a' has shape \[True"),
+        ({"a": entry(0, 8) | {"shape": [2.0]}}, bytes(8), r"'a' has shape \[2.0"),
+        ({"a": entry(0, 8) | {"data_offsets": [0, 8.0]}}, bytes(8), "'a' has data_offsets"),
+        ({"a": entry(0, 8) | {"data_offsets": [0, 8, 8]}}, bytes(8), "'a' has data_offsets"),
+        (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', bytes(8), r"'a' has shape \[nan"),
+        (b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}', bytes(8), r"'a' has shape \[inf"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1' + b"0" * 9999 + b"]}}", bytes(8), "not valid"),
+        (b'{"a": {"dtype": "F32", "dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}', bytes(8), "twice"),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8), "surrogates"),
+        (b'{"a\xff": {}}', b"", "not valid JSON"),
+        (b"[" * 1_000_000, b"", "not valid JSON"),
+        (b'{"a":' * 100_000, b"", "not valid JSON"),
+        (b"null", b"", "not a JSON object"),
+        (b"", b"", "not valid JSON"),
+        ({"a" * 1001: entry(0, 8)}, bytes(8), "a name of 1,001 characters"),
+        ({"a": entry(0, 8) | {"dtype": "F" * 10_000}}, bytes(8), "F…; the file"),
+    ],
+    ids=range(26),
+)  # fmt: skip
+def test_hostile_headers_are_refused_in_little_memory(header: Any, data: bytes, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", header, data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=f"x.safetensors.*{words}") as error:
+            read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 20e6 + 40 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["", "../../etc/passwd", "/etc/passwd", "a\0b", "a\nb", "\x1b[31m", "𝔞", "__metadata"])
+def test_names_are_names_not_paths(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", {name: entry(0, 8), "empty": entry(8, 8, [0, 5])}, bytes(8))
+    assert set(read_header(path)) == {name, "empty"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("size", [[1 << 40], "many", ["x", 1], [0, 0], None, [1, 2, 3], [True, 2]])
+@pytest.mark.parametrize("scales", [[3, 1, 1], [2, 3], [], [1]])
+def test_scales_that_do_not_fit_their_codes_are_refused(scales: list[int], size: Any, tmp_path: Path) -> None:
+    n = int(np.prod(scales))
+    header = {
+        "w": entry(0, 2 * 4 * 6, [2, 4, 6], "F8_E4M3"),
+        "w_scale_inv": entry(2 * 4 * 6, 2 * 4 * 6 + 4 * n, scales),
+    }
+    write(tmp_path / "model.safetensors", header, bytes(2 * 4 * 6) + np.ones(n, "<f4").tobytes())
+    stated = {"quant_method": "fp8", "weight_block_size": size}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stated}))
+    checkpoint = open_checkpoint(tmp_path)
+    if n == 1:
+        assert len(list(matrices(checkpoint, checkpoint.tensors["w"], 1))) == 2
+        return
+    with pytest.raises(UnsupportedError, match=r"'w' of shape .* has scales of shape"):
+        list(matrices(checkpoint, checkpoint.tensors["w"], 1))
+
+
+@pytest.mark.parametrize("scales", [[4, 1], [4, 3], [2, 2], [8], [1, 4, 2, 1]])
+def test_scales_of_four_bit_codes_come_one_for_each_block(scales: list[int], tmp_path: Path) -> None:
+    n = int(np.prod(scales))
+    header = {"w_blocks": entry(0, 4 * 32, [4, 2, 16], "U8"), "w_scales": entry(4 * 32, 4 * 32 + n, scales, "U8")}
+    write(tmp_path / "model.safetensors", header, bytes(4 * 32 + n))
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"'w_blocks'"):
+        list(matrices(checkpoint, checkpoint.tensors["w_blocks"], 0))
 
 
 @given(st.binary(max_size=200))

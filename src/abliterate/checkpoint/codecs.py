@@ -188,11 +188,12 @@ def codec(
         return Plain(dtype)
     if scales is None:
         return None
+    rows, columns = shape
     if dtype == "U8":
-        return Mxfp4(scales)
+        fit = scales.dtype == np.uint8 and scales.shape == (rows, columns / Mxfp4.BLOCK)
+        return Mxfp4(scales) if fit else None
     if dtype not in FP8:
         return None
-    rows, columns = shape
     if scales.size == 1:
         return Scaled(dtype, scales.astype(np.float32).reshape(1, 1), (max(1, rows), max(1, columns)))
     if scales.size == rows:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint.safetensors_file import TensorInfo, read_header
-from abliterate.errors import CheckpointError, UnsupportedError
+from abliterate.checkpoint.safetensors_file import MAX_HEADER, TensorInfo, read_header
+from abliterate.errors import CheckpointError, UnsupportedError, VerifyError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,6 +30,12 @@ QUANTISED = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
 #: What the language model's part of a configuration is called where it is one of several.
 LANGUAGE = ("text_config", "llm_config", "language_config", "language_model_config")
 _SAMPLE = 1 << 16
+#: Of a JSON file; the longest index known has a tenth of these bytes, the deepest configuration a tenth of the levels.
+_MOST_JSON, _MOST_LEVELS = 1 << 26, 64
+
+
+#: Device, inode, size and time of the last change of a file.
+Stamp = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,8 @@ class Checkpoint:
 
     `tensors` maps names to `TensorInfo` in shard order; `shards` and `side_files` are paths relative
     to `path`, `left_out` the weight files in it that do not belong to the index. `fingerprint` hashes
-    the configuration, every header and sampled spans of every shard (not every byte).
+    the configuration, every header and sampled spans of every shard (not every byte). `stamps` tells of every file
+    whether it is still the one that was opened.
     """
 
     path: Path
@@ -48,6 +56,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
     fingerprint: str
+    stamps: dict[str, Stamp]
 
     @property
     def nbytes(self) -> int:
@@ -64,10 +73,13 @@ class Checkpoint:
         for part in self._language:
             for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
                 value = part.get(name)
-                if isinstance(value, int) and not isinstance(value, bool):
+                if type(value) is int and 0 < value <= len(self.tensors):
                     return value
                 if value is not None:
-                    raise CheckpointError(f"{self.path}: config.json: {name} is {value!r}; expected a number of layers")
+                    raise CheckpointError(
+                        f"{self.path}: config.json: {name} is {str(value)[:40]!r}; expected a number of layers, no "
+                        f"more than the {len(self.tensors)} tensors"
+                    )
         raise CheckpointError(f"{self.path}: config.json does not say how many layers the language model has")
 
     @property
@@ -88,6 +100,19 @@ class Checkpoint:
         """The `model_type` of config.json."""
         return str(self.config.get("model_type", ""))
 
+    def require_unchanged(self) -> None:
+        """Check that no file was written to or replaced since the checkpoint was opened.
+
+        Raises:
+            VerifyError: one was; names it.
+        """
+        for name, stamp in self.stamps.items():
+            path = self.path / name
+            if not path.is_file() or _stamp(path) != stamp:
+                raise VerifyError(
+                    f"{path}: changed while the model was read; nothing was published: start again when it is whole"
+                )
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in folder `path`, every header read and checked, no tensor data read.
@@ -96,22 +121,54 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: no such folder, no config.json, a missing shard, a malformed header or index.
         UnsupportedError: only pickled weights, or a quantised or GGUF checkpoint.
     """
+    try:
+        return _open(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+
+
+def _open(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a Hugging Face checkpoint folder or a hub id org/name")
     config = _read_json(path / "config.json", "every Hugging Face checkpoint has one")
+    if not isinstance(config.get("model_type", ""), str):
+        raise CheckpointError(f"{path}: config.json: model_type is {config['model_type']!r:.40}; expected a name")
     _check_quantisation(path, config)
     files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
     shards = _shard_names(path, files)
+    side = tuple(f for f in files if f not in shards and not _is_foreign(f))
+    left_out = tuple(f for f in files if f not in shards and _is_foreign(f))
+    _check_links(path, (*shards, *side))
+    stamps = {f: _stamp(path / f) for f in (*shards, *side)}
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         for name, tensor in read_header(path / shard).items():
             if name in tensors:
                 raise CheckpointError(f"{path}: tensor '{name}' is in both {tensors[name].file} and {shard}")
-            tensors[name] = tensor
+            tensors[name] = replace(tensor, file=shard)
     _check_index(path, tensors)
-    side = tuple(f for f in files if f not in shards and not _is_foreign(f))
-    left_out = tuple(f for f in files if f not in shards and _is_foreign(f))
-    return Checkpoint(path, "safetensors", tensors, config, shards, side, left_out, _fingerprint(path, shards))
+    return Checkpoint(path, "safetensors", tensors, config, shards, side, left_out, _fingerprint(path, shards), stamps)
+
+
+def _stamp(file: Path) -> Stamp:
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _check_links(path: Path, files: Iterable[str]) -> None:
+    """Refuse links that lead out of the folder: a stranger's model could have any file copied into the result.
+
+    A snapshot in the hub's cache consists of links into the `blobs` beside it.
+    """
+    root = path.resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in files:
+        target = (path / name).resolve() if (path / name).is_symlink() else root / name
+        if not any(home in target.parents for home in homes):
+            raise CheckpointError(
+                f"{path / name}: a link that leads out of the model's folder, to {target}; put the file itself there "
+                "(cp -rL copies a folder that way)"
+            )
 
 
 def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
@@ -140,13 +197,32 @@ def _is_foreign(name: str) -> bool:
 def _read_json(file: Path, why: str) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file.parent}: no {file.name}; {why}: is this the right folder?")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that may be anyone's.
+
+    Raises:
+        CheckpointError: it is too long, too deep, or no JSON object.
+    """
+    size = file.stat().st_size
+    if size > _MOST_JSON:
+        raise CheckpointError(f"{file}: {size:,} bytes; expected a JSON object of at most {_MOST_JSON:,}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    if _deeper(value, _MOST_LEVELS):
+        raise CheckpointError(f"{file}: more than {_MOST_LEVELS} objects and lists in one another")
     return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(not levels or _deeper(v, levels - 1) for v in inner)
 
 
 def _weight_map(path: Path) -> dict[str, str] | None:
@@ -175,6 +251,9 @@ def _shard_names(path: Path, files: list[str]) -> tuple[str, ...]:
             raise UnsupportedError(f"{path}: only GGUF weights; give the model's safetensors checkpoint")
         raise CheckpointError(f"{path}: no {SINGLE} and no {INDEX}; the weights are missing: download them again")
     shards = tuple(sorted(set(weight_map.values())))
+    odd = next((s for s in shards if not s.endswith(".safetensors") or s.startswith(f"{RECORDS}/")), None)
+    if odd is not None:
+        raise CheckpointError(f"{path / INDEX}: names the shard {odd!r}; expected files *.safetensors of the model's")
     missing = [s for s in shards if s not in files]
     if missing:
         raise CheckpointError(
@@ -188,7 +267,7 @@ def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
     weight_map = _weight_map(path)
     if weight_map is None:
         return
-    wrong = [n for n, shard in weight_map.items() if n not in tensors or tensors[n].file != Path(shard).name]
+    wrong = [n for n, shard in weight_map.items() if n not in tensors or tensors[n].file != shard]
     if wrong:
         raise CheckpointError(
             f"{path / INDEX}: {len(wrong)} tensors are not in the shard it names, first '{wrong[0]}' "
@@ -201,9 +280,9 @@ def _fingerprint(path: Path, shards: tuple[str, ...]) -> str:
     for shard in shards:
         with (path / shard).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(length))
+            digest.update(file.read(min(length, MAX_HEADER)))
             size = (path / shard).stat().st_size
             for i in range(8):
-                file.seek(8 + length + (size - 8 - length) * i // 8)
+                file.seek(8 + length + max(0, size - 8 - length) * i // 8)
                 digest.update(file.read(_SAMPLE))
     return digest.hexdigest()

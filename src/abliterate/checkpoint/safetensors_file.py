@@ -7,7 +7,6 @@ Never reads tensor data, and never knows about models or folders.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +16,10 @@ from abliterate.errors import CheckpointError
 
 #: The format's own bound on the JSON header, in bytes.
 MAX_HEADER = 100_000_000
+#: What no size may exceed: readers hold them in 64 bits.
+_MOST_ELEMENTS = 1 << 63
+#: Characters of a name; the longest known has a tenth of them.
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +84,48 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name occurs twice")
+    for name in table:
+        name.encode("utf-8")  # half a surrogate pair, written as an escape, is no text
     return table
+
+
+def _short(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _elements(shape: list[int]) -> int | None:
+    """The product of a shape, or None as soon as it is beyond what readers can hold; zeros do not save it."""
+    total = 1
+    for size in shape:
+        total *= size
+        if max(total, size) >= _MOST_ELEMENTS:
+            return None
+    return total
+
+
 def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One checked header entry."""
+    if len(name) > _LONGEST_NAME:
+        _fail(path, f"tensor '{name[:60]}…' has a name of {len(name):,} characters")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         _fail(path, f"tensor '{name}' lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        _fail(path, f"tensor '{name}' has unknown dtype {dtype!r}")
+        _fail(path, f"tensor '{name}' has unknown dtype {_short(dtype)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        _fail(path, f"tensor '{name}' has shape {shape!r}")
+        _fail(path, f"tensor '{name}' has shape {_short(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        _fail(path, f"tensor '{name}' has data_offsets {offsets!r}")
+        _fail(path, f"tensor '{name}' has data_offsets {_short(offsets)}")
     begin, end = offsets
-    if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
-        _fail(path, f"tensor '{name}' spans {end - begin:,} bytes, its shape {shape} of {dtype} does not")
+    elements = _elements(shape)
+    if elements is None:
+        _fail(path, f"tensor '{name}' has a shape of {len(shape)} axes with more elements than 64 bits count")
+    if (end - begin) * 8 != elements * BITS[dtype]:
+        _fail(path, f"tensor '{name}' spans {end - begin:,} bytes, its shape {_short(shape)} of {dtype} does not")
     return TensorInfo(name, dtype, tuple(shape), path.name, start + begin, end - begin)

@@ -53,8 +53,10 @@ def matrices(checkpoint: Checkpoint, tensor: TensorInfo, axis: int) -> Iterator[
     piece, is one matrix of `E x d_ff` rows, and comes in pieces. A vector is a matrix of one column.
 
     Raises:
-        UnsupportedError: the storage type cannot be edited along this axis.
+        UnsupportedError: the storage type cannot be edited along this axis, or there is nothing to edit.
     """
+    if not tensor.nbytes:
+        raise UnsupportedError(f"{checkpoint.path}: tensor '{tensor.name}' of shape {list(tensor.shape)} is empty")
     if tensor.dtype in PLAIN:
         yield from _plain(tensor, axis)
         return
@@ -69,8 +71,8 @@ def matrices(checkpoint: Checkpoint, tensor: TensorInfo, axis: int) -> Iterator[
         raise UnsupportedError(f"{checkpoint.path}: tensor '{tensor.name}': {tensor.dtype} cannot be edited on {axis=}")
     n, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
     for i in range(n):
-        own = scales if scales.size == 1 else scales.reshape(n, *scales.shape[len(shape) - 2 :])[i]
-        how = codec(tensor.dtype, (rows, columns), own, _block(checkpoint))
+        own = scales if scales.size == 1 else _of_matrix(scales, n, i, scales.shape[len(shape) - 2 :])
+        how = codec(tensor.dtype, (rows, columns), own, _block(checkpoint)) if own is not None else None
         if how is None:
             raise UnsupportedError(
                 f"{checkpoint.path}: tensor '{tensor.name}' of shape {list(tensor.shape)} has scales of shape "
@@ -78,6 +80,11 @@ def matrices(checkpoint: Checkpoint, tensor: TensorInfo, axis: int) -> Iterator[
                 f"weight_block_size {_block(checkpoint)} in config.json"
             )
         yield Matrix(tensor.name, tensor.file, tensor.offset + i * (tensor.nbytes // n), rows, columns, how)
+
+
+def _of_matrix(scales: Array, n: int, i: int, shape: tuple[int, ...]) -> Array | None:
+    """The scales of matrix `i` of `n`, or None where they are not so many."""
+    return scales.reshape(n, *shape)[i] if scales.size == n * math.prod(shape) else None
 
 
 def _plain(tensor: TensorInfo, axis: int) -> Iterator[Matrix]:
@@ -106,8 +113,11 @@ def whole(tensor: TensorInfo) -> Matrix | None:
 
 
 def _block(checkpoint: Checkpoint) -> tuple[int, int] | None:
-    size = checkpoint.config.get("quantization_config", {}).get("weight_block_size")
-    return (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
+    stated = checkpoint.config.get("quantization_config")
+    size = stated.get("weight_block_size") if isinstance(stated, dict) else None
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
+        return None
+    return size[0], size[1]
 
 
 def _scales(checkpoint: Checkpoint, tensor: TensorInfo) -> Array | None:

@@ -93,9 +93,16 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def tensor_sha256(fd: int, tensor: TensorInfo) -> str:
-    """Hash of a tensor's stored bytes in its open file."""
+    """Hash of a tensor's stored bytes in its open file.
+
+    Raises:
+        VerifyError: the file ends before them.
+    """
     digest, at, end = hashlib.sha256(), tensor.offset, tensor.offset + tensor.nbytes
-    while at < end and (block := os.pread(fd, min(end - at, _CHUNK), at)):
+    while at < end:
+        block = os.pread(fd, min(end - at, _CHUNK), at)
+        if not block:
+            raise VerifyError(f"{tensor.file}: ended while '{tensor.name}' was read; did the file change meanwhile?")
         digest.update(block)
         at += len(block)
     return digest.hexdigest()

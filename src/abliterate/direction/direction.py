@@ -76,7 +76,7 @@ def _from_npy(path: Path) -> Direction:
         CheckpointError: no such file, or not vectors of full rank.
     """
     try:
-        given = np.load(path, allow_pickle=False)
+        given = np.lib.format.open_memmap(path, mode="r")  # a header that claims more than the file holds is refused
     except (OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path}: cannot be read as a NumPy array ({error})") from None
     if given.ndim not in (1, 2) or given.dtype.kind not in "fiu" or not given.size or not np.isfinite(given).all():

@@ -183,8 +183,12 @@ def _gain(checkpoint: Checkpoint, writer: ResidualWriter) -> Float32Array | None
         return None
     tensor = checkpoint.tensors[writer.gain]
     matrix = whole(tensor)
-    if matrix is None:
-        raise VerifyError(f"{tensor.file}: the gain '{tensor.name}' is stored as {tensor.dtype}")
+    width = checkpoint.tensors[writer.tensor].shape[writer.axis]
+    if matrix is None or tensor.shape != (width,):
+        raise VerifyError(
+            f"{tensor.file}: the gain '{tensor.name}' is stored as {tensor.dtype} of shape {list(tensor.shape)}; "
+            f"expected {width} numbers"
+        )
     fd = os.open(checkpoint.path / tensor.file, os.O_RDONLY)
     try:
         gain: Float32Array = matrix.values(fd, np.arange(matrix.rows))[:, 0].astype(np.float32)
