@@ -11,6 +11,7 @@ import struct
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -27,6 +28,8 @@ from abliterate.errors import CheckpointError, ResourceError
 #: are scales, words that differ from the prediction, the first of them, bytes packed.
 _HEAD = struct.Struct("<IIIHI?IIQ")
 _LEVEL = 1
+#: Numbers in one block, and bytes of one record unpacked: many times what any edit writes.
+_MOST_NUMBERS, _MOST_BYTES = 1 << 22, 1 << 28
 
 
 class Record(NamedTuple):
@@ -99,7 +102,10 @@ class Sidecar:
         Raises:
             ResourceError: the disk is full.
         """
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise ResourceError(f"{self._path}: cannot write ({error.strerror}); free some disk space") from None
         create(self._path, self._file.tell())
         with self._path.open("r+b") as file:
             at = 0
@@ -110,30 +116,46 @@ class Sidecar:
 
     def close(self) -> None:
         """Let go of what is not finished."""
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take is not needed either
+            self._file.close()
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Every record of a sidecar in the order written.
+def read_records(path: Path, pieces: list[list[Matrix]]) -> Iterator[Record]:
+    """Every record of a sidecar in the order written, each of a size that its piece of its tensor can have.
 
     Raises:
-        CheckpointError: the file is missing, cut short or damaged.
+        CheckpointError: the file is missing, cut short, damaged, or of other tensors.
     """
     try:
         with path.open("rb") as file:
             while head := file.read(_HEAD.size):
                 tensor, piece, n, k, columns, scaled, differ, first, size = _HEAD.unpack(head)
-                data = zstandard.decompress(file.read(size))
-                yield _unpacked((tensor, piece), (n, k, columns, scaled), differ, first, data)
-    except (OSError, struct.error, zstandard.ZstdError, ValueError) as error:
+                matrix = pieces[tensor][piece]
+                sizes = [4 * n, 4 * k * (n or columns), 4 * (n or columns) * scaled, 4 * differ]
+                most = sum(sizes) + 8 * differ  # a word that differs has 8 bytes at most
+                large = n > matrix.rows or (n > 1 and n * matrix.columns > _MOST_NUMBERS) or differ > n * matrix.columns
+                if large or columns != (0 if n else matrix.columns) or not k or max(most, size) > _MOST_BYTES:
+                    raise ValueError(f"a record does not fit tensor '{matrix.name}'")
+                data = _decompressed(file.read(size), most)
+                record = _unpacked((tensor, piece), (n, k, columns, scaled), sizes, first, data)
+                if n and not (np.diff(record.rows, append=matrix.rows) > 0).all():
+                    raise ValueError(f"a record names rows that tensor '{matrix.name}' does not have")
+                yield record
+    except (OSError, struct.error, zstandard.ZstdError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path}: the way back is damaged ({error})") from None
 
 
+def _decompressed(packed: bytes, most: int) -> bytes:
+    """The bytes of a frame, which says beforehand that they are no more than `most`."""
+    if not 0 <= zstandard.frame_content_size(packed) <= most:
+        raise ValueError("a record unpacks to more than it can hold")
+    return zstandard.decompress(packed)
+
+
 def _unpacked(
-    whose: tuple[int, int], shape: tuple[int, int, int, bool], differ: int, first: int, data: bytes
+    whose: tuple[int, int], shape: tuple[int, int, int, bool], sizes: list[int], first: int, data: bytes
 ) -> Record:
     n, k, columns, scaled = shape
-    sizes = [4 * n, 4 * k * (n or columns), 4 * (n or columns) * scaled, 4 * differ]
     a, b, c, e = np.cumsum(sizes).tolist()
     where = np.cumsum(np.frombuffer(data[c:e], "<u4"), dtype=np.int64) + first
     factor = np.frombuffer(data[a:b], "<f4").reshape((n, k) if n else (k, columns))
@@ -142,9 +164,14 @@ def _unpacked(
 
 
 def restore(matrix: Matrix, record: Record, right: Float32Array, scale: Float32Array | None, edited: Raw) -> Raw:
-    """The raw rows before the edit, from the edited ones and their record."""
+    """The raw rows before the edit, from the edited ones and their record.
+
+    Raises:
+        ValueError, IndexError: they do not fit each other.
+    """
     values = matrix.codec.decode(edited, record.rows)
     along = Along(record.factor, right, record.scale if record.scale is not None else scale)
-    words = np.ascontiguousarray(matrix.codec.words(along.restored(values), record.rows))
+    with np.errstate(all="ignore"):  # numbers of a damaged record; the hash tells of them
+        words = np.ascontiguousarray(matrix.codec.words(along.restored(values), record.rows))
     words.ravel()[record.where] += np.frombuffer(record.rest, words.dtype)
     return words.view(np.uint8)

@@ -11,10 +11,11 @@ import os
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.checkpoint.codecs import Float32Array
-from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.folder import RECORDS, read_json
 from abliterate.checkpoint.matrix import Matrix
 from abliterate.checkpoint.storage import matrices
 from abliterate.checkpoint.stream import copy_file, copy_range, create, gaps, sync, tensor_sha256
@@ -26,7 +27,7 @@ from abliterate.model.progress import Progress, silent
 
 #: In the folder of records: the note, and the folder of the sidecars, one for each file of weights.
 NOTE, SIDECARS = "undo.json", "undo"
-SCHEMA = 1
+SCHEMA = 2
 #: Where the records of an earlier edit make room for those of the last.
 EARLIER = f"{RECORDS}/base"
 
@@ -54,47 +55,87 @@ class WayBack:
 
     def save(self, folder: Path) -> None:
         """Write the note into the records of an edited checkpoint."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+        value = asdict(self)
+        text = json.dumps({"schema": SCHEMA, "sha256": note_sha256(value), **value}, indent=1)
         (folder / RECORDS / NOTE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> WayBack:
-        """Read what `save` wrote.
+    def load(cls, checkpoint: Checkpoint) -> WayBack:
+        """Read what `save` wrote, and check that it is about this checkpoint and leads to no file elsewhere.
 
         Raises:
-            CheckpointError: there is none, or one that cannot be read.
+            CheckpointError: there is none, or one that is damaged.
         """
-        path = folder / RECORDS / NOTE
+        path = checkpoint.path / RECORDS / NOTE
+        if f"{RECORDS}/{NOTE}" not in checkpoint.side_files:
+            raise CheckpointError(
+                f"{checkpoint.path}: holds no {RECORDS}/{NOTE}; only edits made with it (not --no-undo) can be "
+                "taken back"
+            )
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = read_json(path)
             if value.pop("schema") != SCHEMA:
                 raise ValueError("another schema; use the version that wrote it")
-            files = [RestoredFile(**{**f, "tensors": [tuple(t) for t in f["tensors"]]}) for f in value.pop("files")]
-            return cls(files=files, **value)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder}: holds no {RECORDS}/{NOTE}; only edits made with it (not --no-undo) can be taken back"
-            ) from None
+            if value.pop("sha256") != note_sha256(value):
+                raise ValueError("not as it was written; its hash is another")
+            files = [_restored_file(checkpoint, **f) for f in value.pop("files")]
+            found = cls(files=files, **value)
+            names = [*(f.file for f in files), *found.side_files]
+            if odd := [n for n in names if not _is_inside(n) or names.count(n) > 1]:
+                raise ValueError(f"{odd[0]!r} is no place for a file of the base")
+            return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from None
+            raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+def note_sha256(value: dict[str, Any]) -> str:
+    """Hash of what a note says, however it is laid out."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _restored_file(
+    checkpoint: Checkpoint, file: str, stored_as: str, sidecar: str | None, tensors: list[list[Any]]
+) -> RestoredFile:
+    """A file as the note describes it.
+
+    Raises:
+        ValueError: the checkpoint has no such file, sidecar or tensor.
+    """
+    if stored_as not in checkpoint.shards or (tensors and f"{RECORDS}/{sidecar}" not in checkpoint.side_files):
+        raise ValueError(f"{stored_as!r} and {sidecar!r} are not files of this checkpoint")
+    for name, axis, _ in tensors:
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None or tensor.file != stored_as or type(axis) is not int or axis not in range(len(tensor.shape)):
+            raise ValueError(f"{name!r} with axis {axis!r} is not a tensor of {stored_as}")
+    return RestoredFile(file, stored_as, sidecar if tensors else None, [(name, axis, h) for name, axis, h in tensors])
+
+
+def _is_inside(name: object) -> bool:
+    """Whether this is the name of a file below whatever folder it is joined to."""
+    return isinstance(name, str) and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hash of a file that is not weights."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def undo_edit(edited: Path, out: Path, progress: Progress = silent, threads: int = 2) -> WayBack:
     """Write the base of `edited` into the existing folder `out`; what was restored, every hash of it checked.
 
     Raises:
-        CheckpointError: the edit kept no way back, or it is damaged.
+        CheckpointError: the edit kept no way back, or it is damaged, or names files outside the two folders.
         VerifyError: what comes out is not the base: the edited weights were changed since.
         ResourceError: the disk is full.
     """
-    way_back, checkpoint = WayBack.load(edited), open_checkpoint(edited)
+    checkpoint = open_checkpoint(edited)
+    way_back = WayBack.load(checkpoint)
     for name, sha256 in way_back.side_files.items():
-        _restore_side_file(edited, out, name, sha256)
+        _restore_side_file(checkpoint, out, name, sha256)
     with Workers.start(threads) as workers:
         jobs: list[Future[None]] = [
             workers.compute.submit(_restore_weights, checkpoint, file, out, progress) for file in way_back.files
@@ -107,14 +148,15 @@ def undo_edit(edited: Path, out: Path, progress: Progress = silent, threads: int
     return way_back
 
 
-def _restore_side_file(edited: Path, out: Path, name: str, sha256: str) -> None:
+def _restore_side_file(checkpoint: Checkpoint, out: Path, name: str, sha256: str) -> None:
     """A file that is not weights: as the edit set it aside, or as it still is."""
     earlier = f"{EARLIER}/{name.removeprefix(RECORDS + '/')}" if name.startswith(f"{RECORDS}/") else name
-    places = [edited / BASE_FILES / name, edited / earlier]
-    source = next((p for p in places if p.is_file()), None)
-    if source is None or file_sha256(source) != sha256:
-        raise VerifyError(f"{edited / name}: not as it was when the edit was made; the base cannot be restored from it")
-    copy_file(source, out / name)
+    source = next((p for p in (f"{BASE_FILES}/{name}", earlier) if p in checkpoint.side_files), None)
+    if source is None or file_sha256(checkpoint.path / source) != sha256:
+        raise VerifyError(
+            f"{checkpoint.path / name}: not as it was when the edit was made; the base cannot be restored from it"
+        )
+    copy_file(checkpoint.path / source, out / name)
 
 
 def _restore_weights(checkpoint: Checkpoint, file: RestoredFile, out: Path, progress: Progress) -> None:
@@ -141,14 +183,13 @@ def _restore_weights(checkpoint: Checkpoint, file: RestoredFile, out: Path, prog
 
 def _restore_rows(sidecar: Path, pieces: list[list[Matrix]], old: int, new: int) -> None:
     shared: dict[tuple[int, int], tuple[Float32Array, Float32Array | None]] = {}
-    for record in read_records(sidecar):
+    for record in read_records(sidecar, pieces):
+        matrix, whose = pieces[record.tensor][record.piece], (record.tensor, record.piece)
+        if not len(record.rows):
+            shared[whose] = record.factor, record.scale
+            continue
         try:
-            matrix = pieces[record.tensor][record.piece]
-            if not len(record.rows):
-                shared[record.tensor, record.piece] = record.factor, record.scale
-                continue
-            right, scale = shared[record.tensor, record.piece]
-        except LookupError:
-            raise CheckpointError(f"{sidecar}: damaged: it names tensors that were not edited") from None
-        edited = matrix.read(old, record.rows)
-        matrix.write(new, record.rows, restore(matrix, record, right, scale, edited))
+            before = restore(matrix, record, *shared[whose], matrix.read(old, record.rows))
+        except (LookupError, ValueError) as error:
+            raise CheckpointError(f"{sidecar}: the way back is damaged ({matrix.name}: {error})") from None
+        matrix.write(new, record.rows, before)
