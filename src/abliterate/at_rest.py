@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpoint, resolve_model
-from abliterate.checkpoint.stream import require_disk
+from abliterate.checkpoint.stream import require_disk, tensor_sha256
 from abliterate.direction.direction import Direction
 from abliterate.edit.adapter import write_adapter
 from abliterate.edit.apply import apply_edit
@@ -20,7 +20,7 @@ from abliterate.edit.estimate import estimate
 from abliterate.edit.plan import EditPlan, Embeddings, plan_edit
 from abliterate.edit.undo import WayBack, undo_edit
 from abliterate.edit.untie import BASE_FILES
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, VerifyError
 from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options, check_embeddings
 from abliterate.report.card import write_card
@@ -101,14 +101,56 @@ def write_edited(
 ) -> list[dict[str, Any]]:
     """Steps 3 and 4 into a workspace, as a checkpoint or an adapter; the records of all edited tensors."""
     progress = steps("editing weights", len(plan.writers))
-    if options.format == "adapter":
-        found = write_adapter(checkpoint, plan, direction.vector, work.folder, options.strength, progress)
-        return [asdict(record) for record in found]
-    records = apply_edit(
-        checkpoint, plan, direction.vector, work.folder, options.strength, progress,
-        keep_norms=options.keep_norms, undo=options.undo, journal=work,
-    )  # fmt: skip
-    return [asdict(record) for record in records]
+    vector, out = direction.vector, work.folder
+    try:
+        if options.format == "adapter":
+            edits = write_adapter(checkpoint, plan, vector, out, options.strength, progress)
+        else:
+            edits = apply_edit(
+                checkpoint, plan, vector, out, options.strength, progress,
+                keep_norms=options.keep_norms, undo=options.undo, journal=work,
+            )  # fmt: skip
+    except VerifyError:
+        _require_unchanged(checkpoint, work)
+        raise
+    _require_unchanged(checkpoint, work)
+    records = [asdict(record) for record in edits]
+    if options.format != "adapter":
+        try:
+            check_edited(out, records if work.resumed else [])
+        except AbliterateError as error:
+            raise work.damaged(str(error)) from None
+    return records
+
+
+def _require_unchanged(checkpoint: Checkpoint, work: Workspace) -> None:
+    """Drop all that was written where a file of the model changed meanwhile: it may be of two models.
+
+    Raises:
+        VerifyError: one did.
+    """
+    try:
+        checkpoint.require_unchanged()
+    except VerifyError:
+        work.discard()
+        raise
+
+
+def check_edited(folder: Path, edits: list[dict[str, Any]]) -> None:
+    """Check that `folder` is whole, and that every edited tensor still has the bytes that its record names.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole.
+        VerifyError: a tensor has other bytes.
+    """
+    tensors = open_checkpoint(folder).tensors
+    for edit_record in edits:
+        name = edit_record["tensor"]
+        if name in tensors:
+            with (folder / tensors[name].file).open("rb") as file:
+                found = tensor_sha256(file.fileno(), tensors[name])
+        if name not in tensors or found != edit_record["sha256"]:
+            raise VerifyError(f"tensor '{name}' is not as it was written")
 
 
 @dataclass(frozen=True)
@@ -131,7 +173,7 @@ def undo(edited: str, output: str | Path, *, steps: Steps = no_steps) -> Restore
     source, out = find_model(edited), Path(output).expanduser()
     check_output(out, source)
     checkpoint = open_checkpoint(source)
-    tensors = sum(len(f.tensors) for f in WayBack.load(source).files)
+    tensors = sum(len(f.tensors) for f in WayBack.load(checkpoint).files)
     require_room(out, checkpoint)
     start = time.monotonic()
     with Workspace.scratch(out, source) as work:
@@ -209,11 +251,15 @@ def inspect(model: str, *, embeddings: str = "edit", undo: bool = True) -> Inspe
 def require_room(out: Path, checkpoint: Checkpoint) -> None:
     """Check that the disk has room for a whole copy of the checkpoint, and what is kept beside it.
 
+    What an interrupted run has written there already is not needed again.
+
     Raises:
         ResourceError: it has not.
     """
     files = checkpoint.shards + checkpoint.side_files
-    require_disk(out.parent, int((1 + _BESIDE) * sum((checkpoint.path / name).stat().st_size for name in files)))
+    nbytes = int((1 + _BESIDE) * sum((checkpoint.path / name).stat().st_size for name in files))
+    there = sum(p.stat().st_size for p in out.with_name(f"{out.name}.partial").rglob("*") if p.is_file())
+    require_disk(out.parent, nbytes - there)
 
 
 def finish(work: Workspace, record: RunRecord) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.at_rest import find_model, finish, require_room, write_edited
+from abliterate.at_rest import check_edited, find_model, finish, require_room, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import EditPlan, plan_edit
@@ -149,7 +149,7 @@ class _Run:
         )
         if resumed and self.options.format == "checkpoint":
             try:
-                step.check_edited(self.work.folder, edits)
+                check_edited(self.work.folder, edits)
             except AbliterateError as error:
                 raise self.work.damaged(str(error)) from None
         return edits

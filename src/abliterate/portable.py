@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from abliterate.errors import CheckpointError
 
@@ -26,7 +26,8 @@ def save_arrays(path: Path, kind: str, arrays: dict[str, npt.NDArray[Any]], note
     # One metadata entry: safetensors writes several in random order.
     envelope = json.dumps({"kind": kind, "schema": SCHEMA, **note}, ensure_ascii=False)
     # Stored as they lie in memory: a transposed view would come back with its numbers in another order.
-    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path, metadata={_KEY: envelope})
+    stored = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    path.write_bytes(save(stored, metadata={_KEY: envelope}))
 
 
 def load_arrays(path: Path, kind: str) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, Any]]:

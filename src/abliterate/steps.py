@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,8 @@ import numpy.typing as npt
 from abliterate import observe as observing
 from abliterate.activations.collect import collect
 from abliterate.activations.stats import ActivationStats
-from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
-from abliterate.checkpoint.stream import tensor_sha256
 from abliterate.direction import choose as choosing
 from abliterate.direction.direction import Direction, candidates, most_separated
 from abliterate.edit.plan import EditPlan
@@ -96,23 +94,6 @@ def check_site(checkpoint: Checkpoint, options: Options) -> None:
     tail = len(ChatFormat(load_tokenizer(checkpoint.path, template), options.system_prompt).tail())
     if options.position is not None and -options.position > tail:
         raise UsageError(f"--position {options.position}: positions after the request are {-tail} to -1")
-
-
-def check_edited(folder: Path, edits: list[dict[str, Any]]) -> None:
-    """Check that every edited tensor in `folder` still has the bytes that its record names.
-
-    Raises:
-        CheckpointError: the checkpoint is not whole.
-        VerifyError: a tensor has other bytes.
-    """
-    tensors = open_checkpoint(folder).tensors
-    for edit_record in edits:
-        name = edit_record["tensor"]
-        if name in tensors:
-            with (folder / tensors[name].file).open("rb") as file:
-                found = tensor_sha256(file.fileno(), tensors[name])
-        if name not in tensors or found != edit_record["sha256"]:
-            raise VerifyError(f"tensor '{name}' is not as it was written")
 
 
 def observe(

@@ -23,7 +23,8 @@ from abliterate.errors import AbliterateError, CheckpointError, ResourceError, U
 class Workspace:
     """`OUT.partial` while a run lasts. A finished step is a file in it; `publish` renames the folder to OUT.
 
-    As a context it keeps other runs from the folder.
+    As a context it keeps other runs from the folder, and says of a disk that does not take what is written that it
+    does not.
     """
 
     def __init__(self, output: Path, source: Path | None, settings: dict[str, Any], resume: bool) -> None:
@@ -39,31 +40,43 @@ class Workspace:
         self.steps = self.folder / RECORDS / "steps"
         known = self.steps / "settings.json"
         self._lock: int | None = _claim(self.folder)
+        self._ours = False
         try:
-            if not known.is_file() and any(path.is_file() for path in self.folder.rglob("*")):
+            self.resumed = known.is_file()
+            if not self.resumed and any(p.is_file() for p in self.folder.rglob("*") if p != _unfinished(known)):
                 raise UsageError(
                     f"{self.folder}: is in the way, and not an unfinished run; move it, or choose another output"
                 )
-            if known.is_file() and not resume:
+            if self.resumed and not resume:
                 raise UsageError(
                     f"{self.folder}: an unfinished run; --resume goes on with it, or delete it to start again"
                 )
-            if known.is_file():
+            if self.resumed:
                 self._compare(self.read("settings"), settings)
-            else:
+            self._ours = True
+            if not self.resumed:
                 self.steps.mkdir(parents=True, exist_ok=True)
                 self.write("settings", settings)
-        except AbliterateError:
-            self.__exit__()
+        except (AbliterateError, OSError) as error:
+            self.__exit__(type(error), error)
             raise
 
     def __enter__(self) -> Workspace:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock = None
+    def __exit__(self, _kind: object = None, error: BaseException | None = None, _trace: object = None) -> None:
+        try:
+            if isinstance(error, OSError):
+                self.discard_if_new()
+                way_on = "--resume goes on with what is finished" if self.folder.exists() else "start again"
+                raise ResourceError(
+                    f"{error.filename or self.folder}: cannot be read or written ({error.strerror}); mend that, then "
+                    f"{way_on}"
+                ) from error
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+            self._lock = None
 
     def _compare(self, before: Any, now: dict[str, Any]) -> None:
         before = before if isinstance(before, dict) else {}
@@ -96,7 +109,7 @@ class Workspace:
     def write(self, step: str, value: Any) -> None:
         """Store a step's result; it counts as done only when all of it is on disk."""
         target = self.steps / f"{step}.json"
-        partial = target.with_suffix(".tmp")
+        partial = _unfinished(target)
         partial.write_text(json.dumps(value), encoding="utf-8")
         sync(partial)
         partial.replace(target)
@@ -116,32 +129,51 @@ class Workspace:
         check_output(output, source)
         left = output.with_name(output.name + ".partial")
         if (left / RECORDS / "steps" / "settings.json").is_file():
-            os.close(_claim(left))
-            shutil.rmtree(left)
+            lock = _claim(left)
+            try:
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
         with cls(output, source, {}, resume=False) as work:
             try:
                 yield work
             finally:
-                shutil.rmtree(work.folder, ignore_errors=True)
+                work.discard()
 
     def discard_if_new(self) -> None:
         """Remove the folder if no step has finished: there is nothing in it to resume."""
         if {p.name for p in self.steps.glob("*.json")} <= {"settings.json"}:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder, unless it is published, or was never ours."""
+        if self._ours and self._lock is not None and _is_at(self.folder, self._lock):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
-        """Drop the steps' files and rename the folder to OUT: from here on the result exists.
+        """Force all of the folder to disk and rename it to OUT: from here on the result exists.
+
+        The steps' files go last: a run that is killed before the rename can still go on, one that is killed after it
+        leaves them in a result that is complete.
 
         Raises:
             UsageError: OUT appeared meanwhile.
         """
-        shutil.rmtree(self.steps)
-        if not any(self.records.iterdir()):
-            self.records.rmdir()  # what is published as it was holds no records of ours
-        if self.output.exists():
-            raise UsageError(f"{self.output}: appeared while the run lasted; the result is in {self.folder}")
-        self.folder.rename(self.output)
+        for path in (*self.folder.rglob("*"), self.folder):
+            if path.is_file() or path.is_dir():
+                sync(path)
+        try:
+            check_output(self.output, None)
+            self.folder.rename(self.output)
+        except (UsageError, OSError):
+            if not self.output.exists():
+                raise
+            raise UsageError(f"{self.output}: appeared while the run lasted; the result is in {self.folder}") from None
         sync(self.output.parent)
+        records = self.output / RECORDS
+        shutil.rmtree(records / "steps")
+        if not any(records.iterdir()):
+            records.rmdir()  # what is published as it was holds no records of ours
 
 
 def _claim(folder: Path) -> int:
@@ -149,30 +181,51 @@ def _claim(folder: Path) -> int:
 
     Raises:
         UsageError: another process is writing to it.
-        ResourceError: it cannot be made.
+        ResourceError: it cannot be made or locked.
     """
     fd = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if folder.stat().st_ino != os.fstat(fd).st_ino:
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
+    except OSError as error:
         if fd is not None:
             os.close(fd)
-        raise UsageError(f"{folder}: another run is writing to it; wait for it, or choose another output") from None
-    except OSError as error:
-        raise ResourceError(f"{folder}: cannot create it ({error.strerror})") from None
+        if isinstance(error, BlockingIOError):
+            raise _busy(folder) from None
+        raise ResourceError(f"{folder}: cannot create it ({error.strerror}); choose another output") from None
+    if not _is_at(folder, fd):  # what was locked is what another run has published or dropped meanwhile
+        os.close(fd)
+        raise _busy(folder)
     return fd
+
+
+def _busy(folder: Path) -> UsageError:
+    return UsageError(f"{folder}: another run is writing to it; wait for it, or choose another output")
+
+
+def _is_at(folder: Path, fd: int) -> bool:
+    """Whether the open folder `fd` is the one that has this name."""
+    try:
+        return os.path.samestat(folder.stat(follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _unfinished(step: Path) -> Path:
+    """Where a step's file is written before it has its name."""
+    return step.with_suffix(".tmp")
 
 
 def check_output(output: Path, source: Path | None) -> None:
     """Check that OUT can be created without touching anything that exists.
 
     Raises:
-        UsageError: it exists, or is or lies in the source.
+        UsageError: it exists, or is or lies in the source, or has a name that no record can hold.
     """
+    for path in (output, source):
+        if path is not None and not _is_text(path):
+            raise UsageError(f"{path!a}: not a name in UTF-8, as records are written; rename it, or choose another")
     if source is not None:
         out, model = output.resolve(), source.resolve()
         if out == model or model in out.parents:
@@ -184,6 +237,13 @@ def check_output(output: Path, source: Path | None) -> None:
         raise UsageError(f"--output {str(output)[:60]}…: not a name for a file here ({error.strerror})") from None
     if taken:
         raise UsageError(f"--output {output}: exists already and is never overwritten; choose another or delete it")
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(str(path).encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def writable(file: Path) -> None:

@@ -49,13 +49,14 @@ def untie(checkpoint: Checkpoint, untied: Untied, out: Path) -> None:
         os.close(source)
         os.close(target)
     for old, new in renamed.items():
-        (out / old).rename(out / new)
+        if (out / old).exists():  # where it does not, an edit that was killed has done it
+            (out / old).rename(out / new)
     index = _index(checkpoint, renamed)
     index["weight_map"][untied.head] = head_file
     index["metadata"] = {**index.get("metadata", {}), "total_size": checkpoint.nbytes + tensor.nbytes}
-    _write(out, INDEX, index)
+    _write(checkpoint, out, INDEX, index)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    _write(out, "config.json", _untied_config(config))
+    _write(checkpoint, out, "config.json", _untied_config(config))
 
 
 def moved(checkpoint: Checkpoint) -> dict[str, str]:
@@ -77,9 +78,9 @@ def _untied_config(config: dict[str, Any]) -> dict[str, Any]:
     return found | {"tie_word_embeddings": False}
 
 
-def _write(out: Path, name: str, value: dict[str, Any]) -> None:
+def _write(checkpoint: Checkpoint, out: Path, name: str, value: dict[str, Any]) -> None:
     """Write a JSON file anew; what the base has in its place is kept for the way back."""
-    if (out / name).exists():
+    if name in checkpoint.side_files:
         (out / BASE_FILES).mkdir(parents=True, exist_ok=True)
         (out / name).replace(out / BASE_FILES / name)
     (out / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
