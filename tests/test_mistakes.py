@@ -315,8 +315,9 @@ def test_broken_answers_and_failed_bounds_are_said(refusing: Refusing, tmp_path:
     record.direction["scores"]["kl"] = 15.3
     terminal, card = said(record, tmp_path)
     n = sum(record.verdicts["base"]["harmful"].values()) + sum(record.verdicts["base"]["harmless"].values())
-    assert f"of {n} → 9 of 14" in terminal.replace("\n", " ")
-    assert "KL 15.300 is above --max-kl" in terminal.replace("\n", " ")
+    squeezed = "".join(terminal.split())  # wherever the lines break
+    assert f"of{n}→9of14" in squeezed
+    assert "KL15.300isabove--max-kl" in squeezed
     assert "Broken answers" in card and "→ 9 of" in card
 
 
