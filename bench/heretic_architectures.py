@@ -79,15 +79,20 @@ class Row:
 
 
 def one(kind: str) -> Row:
+    """A type as `_one` finds it, or why there is nothing to measure."""
+    try:
+        return _one(kind)
+    except (AbliterateError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError) as error:
+        return Row(kind, why=f"not built ({_short(error)})")
+
+
+def _one(kind: str) -> Row:
     """Build a type as the sweep does, let heretic edit it, and measure."""
     from heretic.config import RowNormalization
     from heretic.model import AbliterationParameters, Model
 
     torch.set_num_threads(1)
-    try:
-        twin = build_twin(CONFIG_MAPPING[kind](**sweep.SETTINGS.get(kind, {}))).float()
-    except (AbliterateError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError) as error:
-        return Row(kind, why=f"not built ({type(error).__name__})")
+    twin = build_twin(CONFIG_MAPPING[kind](**sweep.SETTINGS.get(kind, {}))).float()
     with torch.no_grad():
         stream = find_stream(twin)
         r = random_unit(stream.d_model)
