@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.codecs import Float32Array
@@ -70,7 +70,7 @@ def write_adapter(
     for key, of_experts in experts.items():  # [k x E, d_in] and [d_model, E x k], in the orders that PEFT unfolds
         tensors[f"{key}.lora_A.weight"] = np.concatenate([of_experts[i] for i in sorted(of_experts)])
     whole = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
-    save_file(whole, out / WEIGHTS, {"format": "pt"})
+    (out / WEIGHTS).write_bytes(save(whole, {"format": "pt"}))
     config = _config(checkpoint, plan, len(np.atleast_2d(directions)), base)
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return records
