@@ -626,6 +626,14 @@ def test_a_note_that_leads_elsewhere_is_refused(where: str, name: str, copy: Pat
     assert undone(copy, base) is not None
 
 
+@pytest.mark.parametrize("value", [None, [], 5, "x", {"a": 1}, [["a", "b"]], [{}]], ids=repr)
+@pytest.mark.parametrize("where", ["schema", "sha256", "base", "files", "side_files"])
+def test_a_note_of_other_types_is_refused(where: str, value: Any, copy: Path, base: Path) -> None:
+    path = copy / "abliteration" / "undo.json"
+    path.write_text(json.dumps(signed(json.loads(path.read_text()) | {where: value})))
+    undone(copy, base, ("config.json", "model-"))
+
+
 @FUZZ
 @given(data=st.data(), sign=st.booleans())
 def test_any_note_restores_the_base_or_is_refused(

@@ -78,8 +78,8 @@ class WayBack:
                 raise ValueError("another schema; use the version that wrote it")
             if value.pop("sha256") != note_sha256(value):
                 raise ValueError("not as it was written; its hash is another")
-            files = [_restored_file(checkpoint, **f) for f in value.pop("files")]
-            found = cls(files=files, **value)
+            files = [_restored_file(checkpoint, **f) for f in value["files"]]
+            found = cls(value["base"], files, dict(value["side_files"]))
             names = [*(f.file for f in files), *found.side_files]
             if odd := [n for n in names if not _is_inside(n) or names.count(n) > 1]:
                 raise ValueError(f"{odd[0]!r} is no place for a file of the base")
