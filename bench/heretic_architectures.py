@@ -41,10 +41,10 @@ INTRODUCTION = """\
 # The same architectures, edited by heretic
 
 Written by `uv run --no-project --with heretic-llm --with-editable . python bench/heretic_architectures.py`: heretic
-{version} on the tiny checkpoints of [architectures.md](architectures.md). Its own code finds the modules and makes the
-edit, at weight 1 in every layer and without its search. The leak is the largest share of a random direction in the
-stream, before and after. heretic never edits embeddings; *blocks* is the leak with the direction taken out of what
-enters the first block.
+{version} with transformers {library} on the tiny checkpoints of [architectures.md](architectures.md), those types that
+this transformers has. Its own code finds the modules and makes the edit, at weight 1 in every layer and without its
+search. The leak is the largest share of a random direction in the stream, before and after. heretic never edits
+embeddings; *blocks* is the leak with the direction taken out of what enters the first block.
 
 {n} types: {counts}.
 
@@ -161,7 +161,8 @@ def main() -> None:
     if sys.argv[1:]:
         return
     counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(r.verdict for r in rows).most_common())
-    text = INTRODUCTION.format(version=version("heretic-llm"), n=len(rows), counts=counts)
+    peer, library = version("heretic-llm"), version("transformers")
+    text = INTRODUCTION.format(version=peer, library=library, n=len(rows), counts=counts)
     PAGE.write_text(text + "\n".join(row.line for row in rows) + "\n", encoding="utf-8")
 
 
