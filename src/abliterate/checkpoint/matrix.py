@@ -16,7 +16,7 @@ from abliterate.checkpoint.codecs import Array, Codec, Raw
 from abliterate.errors import ResourceError, VerifyError
 
 #: Numbers in one block: few enough for a core's cache, so many that calls do not count.
-BLOCK = 1 << 17
+BLOCK = 1 << 19
 Rows = npt.NDArray[np.intp]
 
 

@@ -30,7 +30,7 @@ from abliterate.errors import VerifyError
 from abliterate.model.progress import Progress, silent
 
 #: Threads at most; each holds a few blocks of numbers.
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(4, os.cpu_count() or 1)
 
 
 class Journal(Protocol):

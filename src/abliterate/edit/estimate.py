@@ -23,7 +23,7 @@ from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removal, orthonormal, project_columns
 
 #: Blocks of numbers that a thread holds at once, and what Python, NumPy and the tables of names take, in bytes.
-_BLOCKS_HELD, _FLOOR = 16, 40_000_000
+_BLOCKS_HELD, _FLOOR = 10, 40_000_000
 #: What keeping the way back adds to the time of an edited number, and its share of the edited bytes; measured.
 _UNDO_TIME, _UNDO_DISK = 2.0, 0.05
 _PROBE = 32 << 20

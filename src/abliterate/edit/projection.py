@@ -137,7 +137,7 @@ def project_rows(matrix: Matrix, source: int, target: int, removal: Removal, und
     d, codec = removal.basis.astype(matrix.codec.work), matrix.codec
     total = np.zeros(3)
     order: list[tuple[Rows, Array | None]] = []
-    for rows in matrix.blocks(2 * BLOCK):
+    for rows in matrix.blocks(BLOCK):
         order = order or list(_order(d, len(rows), carry=not codec.exact))
         before = matrix.read(source, rows)
         numbers = codec.decode(before, rows)
