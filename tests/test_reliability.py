@@ -196,11 +196,13 @@ def test_finished_files_damaged_before_an_edit_is_resumed_are_not_published(
 
 
 def test_a_full_disk_is_an_error_of_ours_whatever_is_written(tmp_path: Path) -> None:
+    full = tmp_path / "full"  # a link, so that no mistake can put a file in the device's place
+    full.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        Direction(np.ones(1, np.float32), None, None, 1.0).save(Path("/dev/full"))
+        Direction(np.ones(1, np.float32), None, None, 1.0).save(full)
     with pytest.raises(ResourceError, match=r"No space left.*start again"), Workspace(tmp_path / "o", None, {}, False):
-        Path("/dev/full").write_text("x")
-    assert list(tmp_path.iterdir()) == []
+        full.write_text("x")
+    assert list(tmp_path.iterdir()) == [full]
 
 
 # ------------------------------------------------------------------ files that change, places that are closed
