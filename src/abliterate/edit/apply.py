@@ -192,6 +192,11 @@ def _gain(checkpoint: Checkpoint, writer: ResidualWriter) -> Float32Array | None
     fd = os.open(checkpoint.path / tensor.file, os.O_RDONLY)
     try:
         gain: Float32Array = matrix.values(fd, np.arange(matrix.rows))[:, 0].astype(np.float32)
-        return gain + np.float32(writer.gain_offset)
+        gain += np.float32(writer.gain_offset)
     finally:
         os.close(fd)
+    if not np.isfinite(gain).all() or not gain.any():
+        raise VerifyError(
+            f"{tensor.file}: the gain '{tensor.name}' holds NaN or infinity, or only noughts; the checkpoint is damaged"
+        )
+    return gain
