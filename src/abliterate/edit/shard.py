@@ -87,9 +87,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Workers:
-    """The threads of an edit: `compute` for projecting and copying, `after` for hashing and forcing to disk."""
+    """The threads of an edit: `compute` for projecting, `copy` beside it, `after` for hashing and forcing to disk.
+
+    Copying is the disk's work and the kernel's, projecting the cores': one must not wait for the other.
+    """
 
     compute: ThreadPoolExecutor
+    copy: ThreadPoolExecutor
     after: ThreadPoolExecutor
 
     @classmethod
@@ -99,12 +103,12 @@ class Workers:
 
         Blocks are too small for a matrix product to be shared out as well: that alone would make an edit twice as slow.
         """
-        workers = cls(ThreadPoolExecutor(threads), ThreadPoolExecutor(2))
+        workers = cls(ThreadPoolExecutor(threads), ThreadPoolExecutor(1), ThreadPoolExecutor(2))
         try:
             with threadpool_limits(1, user_api="blas"):
                 yield workers
         finally:
-            for pool in (workers.compute, workers.after):
+            for pool in (workers.compute, workers.copy, workers.after):
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -139,7 +143,7 @@ def write_shard(
         edited = [(t.info.offset, t.info.offset + t.info.nbytes) for t in tensors]
         for start, stop in gaps(edited, os.fstat(new).st_size):
             for at in range(start, stop, _COPY):
-                submit(workers.compute, copy_range, old, new, at, min(stop, at + _COPY), source.name)
+                submit(workers.copy, copy_range, old, new, at, min(stop, at + _COPY), source.name)
         removed, after, before = [], [], []
         for tensor, parts in zip(tensors, edits, strict=True):
             removed.append([r for part in parts for r in part.result()])
