@@ -46,6 +46,11 @@ def stored_axis(tensor: TensorInfo, axis: int) -> int:
     return {1: 2, 2: 1}[axis] if tensor.name.endswith(_MXFP4_CODES) and axis in (1, 2) else axis
 
 
+def by_rows(tensor: TensorInfo, axis: int) -> bool:
+    """Whether `axis` lies along the rows of a tensor's matrices; a vector is a matrix of one column, so down them."""
+    return len(tensor.shape) > 1 and axis == len(tensor.shape) - 1
+
+
 def matrices(checkpoint: Checkpoint, tensor: TensorInfo, axis: int) -> Iterator[Matrix]:
     """A stored tensor as matrices with `axis` as their rows, or as their columns where it is the last one.
 
@@ -91,7 +96,7 @@ def _plain(tensor: TensorInfo, axis: int) -> Iterator[Matrix]:
     shape = tensor.shape
     how = codec(tensor.dtype, shape)
     assert how is not None
-    if axis == len(shape) - 1 and len(shape) > 1:
+    if by_rows(tensor, axis):
         whole = Matrix(tensor.name, tensor.file, tensor.offset, math.prod(shape[:-1]), shape[-1], how)
         step = max(1, PIECE // max(1, whole.row_bytes))
         for start in range(0, whole.rows, step):

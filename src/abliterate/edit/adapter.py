@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.codecs import Float32Array
-from abliterate.checkpoint.storage import matrices
+from abliterate.checkpoint.storage import by_rows, matrices
 from abliterate.edit.apply import removal_of
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removal
@@ -37,7 +37,6 @@ def write_adapter(
     out: Path,
     strength: float = 1.0,
     progress: Progress = silent,
-    base: str | None = None,
 ) -> list[EditRecord]:
     """Write the edit as an adapter into the existing folder `out`; one record for each tensor of the plan.
 
@@ -71,7 +70,7 @@ def write_adapter(
         tensors[f"{key}.lora_A.weight"] = np.concatenate([of_experts[i] for i in sorted(of_experts)])
     whole = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
     (out / WEIGHTS).write_bytes(save(whole, {"format": "pt"}))
-    config = _config(checkpoint, plan, len(np.atleast_2d(directions)), base)
+    config = _config(checkpoint, plan, len(np.atleast_2d(directions)))
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return records
 
@@ -81,19 +80,19 @@ def _right_factors(
 ) -> tuple[list[Float32Array], EditRecord]:
     """`Dᵀ W` `[k, d_in]` of a tensor, one for each expert in it, and the tensor's record."""
     info, d = checkpoint.tensors[writer.tensor], removal.basis
-    by_rows = len(info.shape) > 1 and writer.axis == len(info.shape) - 1
+    along_rows = by_rows(info, writer.axis)
     found, norm = [], 0.0
     with (checkpoint.path / info.file).open("rb") as file:
         for matrix in matrices(checkpoint, info, writer.axis):
-            total = np.zeros((0, d.shape[1])) if by_rows else np.zeros((d.shape[1], matrix.columns))
+            total = np.zeros((0, d.shape[1])) if along_rows else np.zeros((d.shape[1], matrix.columns))
             for rows in matrix.blocks():
                 block = matrix.values(file.fileno(), rows)
                 norm += float(np.vdot(block, block))
-                total = np.concatenate([total, block @ d]) if by_rows else total + d[rows].T @ block
+                total = np.concatenate([total, block @ d]) if along_rows else total + d[rows].T @ block
             if not np.isfinite(total).all():
                 matrix.require_finite(file.fileno())
-            found.append(total.T if by_rows else total)
-    if by_rows:  # one after the other in pieces: put together, and apart by experts
+            found.append(total.T if along_rows else total)
+    if along_rows:  # one after the other in pieces: put together, and apart by experts
         joined = np.concatenate(found, axis=1)
         found = np.split(joined, info.shape[0], axis=1) if len(info.shape) > 2 else [joined]
     factors = [factor.astype(np.float32) for factor in found]
@@ -141,7 +140,7 @@ def _require_possible(checkpoint: Checkpoint, plan: EditPlan) -> None:
         )
 
 
-def _config(checkpoint: Checkpoint, plan: EditPlan, rank: int, base: str | None) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, plan: EditPlan, rank: int) -> dict[str, Any]:
     """What PEFT reads: which modules and parameters the factors belong to, and that they are taken as they are."""
     modules, parameters, transposed = set[str](), set[str](), False
     for w in plan.writers:
@@ -153,7 +152,7 @@ def _config(checkpoint: Checkpoint, plan: EditPlan, rank: int, base: str | None)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or str(checkpoint.path),
+        "base_model_name_or_path": str(checkpoint.path),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

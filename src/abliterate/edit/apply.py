@@ -23,7 +23,7 @@ from abliterate.checkpoint.stream import copy_file, sync
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removal, orthonormal
 from abliterate.edit.shard import EditRecord, PlannedTensor, Workers, write_shard
-from abliterate.edit.undo import EARLIER, SIDECARS, RestoredFile, WayBack, file_sha256
+from abliterate.edit.undo import SIDECARS, RestoredFile, WayBack, file_sha256, place_of
 from abliterate.edit.untie import moved, untie
 from abliterate.edit.writers import ResidualWriter
 from abliterate.errors import VerifyError
@@ -108,7 +108,25 @@ def apply_edit(
         tensor = PlannedTensor(checkpoint, writer, removal_of(checkpoint, writer, directions, strength, keep_norms))
         by_shard[tensor.info.file].append(tensor)
     for name in checkpoint.side_files:
-        copy_file(checkpoint.path / name, out / _place(name))
+        copy_file(checkpoint.path / name, out / place_of(name))
+    results = _write_files(checkpoint, by_shard, out, kept, undo, progress)
+    if undo:
+        _way_back(checkpoint, plan, results).save(out)
+    if plan.untied is not None:
+        untie(checkpoint, plan.untied, out)
+    sync(out)
+    return [EditRecord(**record) for result in results.values() for record in result["records"]]
+
+
+def _write_files(
+    checkpoint: Checkpoint,
+    by_shard: dict[str, list[PlannedTensor]],
+    out: Path,
+    kept: Journal,
+    undo: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Every file of weights that is not finished yet; of each the records of its tensors and their hashes before."""
     files = {shard: f"edit {i}" for i, shard in enumerate(checkpoint.shards)}
     with Workers.start(THREADS) as workers:
         waiting = []
@@ -124,13 +142,7 @@ def apply_edit(
             waiting.append(workers.after.submit(_finish, target, kept.write, step, result))
         for future in waiting:
             future.result()
-    results = {shard: kept.read(step) for shard, step in files.items()}
-    if undo:
-        _way_back(checkpoint, plan, results).save(out)
-    if plan.untied is not None:
-        untie(checkpoint, plan.untied, out)
-    sync(out)
-    return [EditRecord(**record) for result in results.values() for record in result["records"]]
+    return {shard: kept.read(step) for shard, step in files.items()}
 
 
 def removal_of(
@@ -170,11 +182,6 @@ def _check(checkpoint: Checkpoint, plan: EditPlan, directions: Float32Array) -> 
                 f"the direction has d_model {d_model}, tensor '{writer.tensor}' has {width}; "
                 "the direction is of another model"
             )
-
-
-def _place(name: str) -> str:
-    """Where a side file goes: the records of an earlier edit make room for those of this one."""
-    return f"{EARLIER}/{name.removeprefix(RECORDS + '/')}" if name.startswith(f"{RECORDS}/") else name
 
 
 def _gain(checkpoint: Checkpoint, writer: ResidualWriter) -> Float32Array | None:

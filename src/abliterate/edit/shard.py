@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from abliterate.checkpoint import Checkpoint, TensorInfo
 from abliterate.checkpoint.codecs import PLAIN
-from abliterate.checkpoint.storage import matrices
+from abliterate.checkpoint.storage import by_rows, matrices
 from abliterate.checkpoint.stream import copy_range, create, gaps, tensor_sha256
 from abliterate.edit.projection import Removal, Removed, project_columns, project_rows
 from abliterate.edit.sidecar import Sidecar
@@ -67,9 +67,7 @@ class PlannedTensor:
         self, number: int, job: tuple[int, int], source: int, target: int, sidecar: Sidecar | None
     ) -> list[Removed]:
         """Project the pieces that fall to job `i` of `n`, from file to file; `number` is the tensor's in its file."""
-        # The last axis of a tensor lies along its rows; a vector is a matrix of one column.
-        by_rows = len(self.info.shape) > 1 and self.writer.axis == len(self.info.shape) - 1
-        project = project_rows if by_rows else project_columns
+        project = project_rows if by_rows(self.info, self.writer.axis) else project_columns
         removed = []
         for i, matrix in enumerate(matrices(self.checkpoint, self.info, self.writer.axis)):
             if i % job[1] == job[0]:

@@ -32,6 +32,11 @@ SCHEMA = 2
 EARLIER = f"{RECORDS}/base"
 
 
+def place_of(name: str) -> str:
+    """Where a side file of the base goes: the records of an earlier edit make room for those of this one."""
+    return f"{EARLIER}/{name.removeprefix(RECORDS + '/')}" if name.startswith(f"{RECORDS}/") else name
+
+
 @dataclass(frozen=True)
 class RestoredFile:
     """One file of weights: its name in the base and in the edited checkpoint, its sidecar, its edited tensors.
@@ -124,16 +129,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def undo_edit(edited: Path, out: Path, progress: Progress = silent, threads: int = 2) -> WayBack:
-    """Write the base of `edited` into the existing folder `out`; what was restored, every hash of it checked.
+def undo_edit(
+    checkpoint: Checkpoint, way_back: WayBack, out: Path, progress: Progress = silent, threads: int = 2
+) -> None:
+    """Write the base of an edited `checkpoint` into the existing folder `out`, every hash of it checked.
 
     Raises:
-        CheckpointError: the edit kept no way back, or it is damaged, or names files outside the two folders.
+        CheckpointError: the way back is damaged.
         VerifyError: what comes out is not the base: the edited weights were changed since.
         ResourceError: the disk is full.
     """
-    checkpoint = open_checkpoint(edited)
-    way_back = WayBack.load(checkpoint)
     for name, sha256 in way_back.side_files.items():
         _restore_side_file(checkpoint, out, name, sha256)
     with Workers.start(threads) as workers:
@@ -144,14 +149,14 @@ def undo_edit(edited: Path, out: Path, progress: Progress = silent, threads: int
             job.result()
     sync(out)
     if open_checkpoint(out).fingerprint != way_back.base:
-        raise VerifyError(f"{edited}: what comes out is not the base that was edited; files of it were changed since")
-    return way_back
+        raise VerifyError(
+            f"{checkpoint.path}: what comes out is not the base that was edited; files of it were changed since"
+        )
 
 
 def _restore_side_file(checkpoint: Checkpoint, out: Path, name: str, sha256: str) -> None:
     """A file that is not weights: as the edit set it aside, or as it still is."""
-    earlier = f"{EARLIER}/{name.removeprefix(RECORDS + '/')}" if name.startswith(f"{RECORDS}/") else name
-    source = next((p for p in (f"{BASE_FILES}/{name}", earlier) if p in checkpoint.side_files), None)
+    source = next((p for p in (f"{BASE_FILES}/{name}", place_of(name)) if p in checkpoint.side_files), None)
     if source is None or file_sha256(checkpoint.path / source) != sha256:
         raise VerifyError(
             f"{checkpoint.path / name}: not as it was when the edit was made; the base cannot be restored from it"
