@@ -30,7 +30,7 @@ from abliterate.report import table  # noqa: F401
 
 #: What opens, makes, moves or deletes a file or folder, by its name as an audit event.
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
-_CALLS = ("fsync", "posix_fallocate", "copy_file_range", "pwrite")
+_CALLS = ("fsync", "posix_fallocate", "copy_file_range", "pwrite", "pwritev")
 _SURVIVES_FULL = ("os.remove", "os.rmdir", "os.rename")
 #: What an edit writes anew each time: times and dates.
 NOT_COMPARED = ("abliteration/run.json", "README.md")

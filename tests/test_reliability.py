@@ -229,14 +229,14 @@ def rewrite(shard: Path) -> None:
 def test_a_source_file_that_changes_while_it_is_read_is_named(
     change: Callable[[Path], None], after: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_shard, count = apply.write_shard, iter(range(9))
+    begin, count = apply.ShardEdit, iter(range(9))
 
     def changing(*args: Any) -> Any:
         if next(count) == after:
             change(model / SHARD)
-        return write_shard(*args)
+        return begin(*args)
 
-    monkeypatch.setattr(apply, "write_shard", changing)
+    monkeypatch.setattr(apply, "ShardEdit", changing)
     with pytest.raises((VerifyError, ResourceError), match=SHARD):
         edit(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint import open_checkpoint, stream
 from abliterate.checkpoint.codecs import Plain
 from abliterate.checkpoint.safetensors_file import read_header
 from abliterate.checkpoint.storage import matrices
-from abliterate.errors import CheckpointError, UnsupportedError
+from abliterate.errors import CheckpointError, ResourceError, UnsupportedError, VerifyError
 
 Tiny = Callable[..., Path]
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -275,3 +278,105 @@ def test_quantised_checkpoints_are_refused_by_method(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UnsupportedError, match="gptq"):
         open_checkpoint(tmp_path)
+
+
+# ------------------------------------------------------------------ copying
+
+SOURCE = np.random.default_rng(0).bytes(9 << 20)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "source"
+    path.write_bytes(SOURCE)
+    return path
+
+
+def refused(code: int) -> Callable[..., Any]:
+    def call(*_: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def copied(large: Path, target: Path, start: int, stop: int) -> bytes:
+    """What a file of ones holds when a range of `large` was copied into it."""
+    target.write_bytes(b"\x01" * len(SOURCE))
+    with large.open("rb") as old, target.open("r+b") as new:
+        stream.copy_range(old.fileno(), new.fileno(), start, stop, large.name)
+    return target.read_bytes()
+
+
+@pytest.mark.parametrize("start", [0, 8 + 2**21, 2**21 - 1])
+@pytest.mark.parametrize("stop", [2**21, 2**22 + 3, len(SOURCE), 2**23])
+@pytest.mark.parametrize("missing", [(), ("direct",), ("direct", "kernel")], ids=str)
+def test_a_range_is_copied_whatever_the_file_system_can(
+    start: int, stop: int, missing: tuple[str, ...], large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: past.append(a[2]) or preadv(*a))
+    if "direct" in missing:
+        monkeypatch.setattr(os, "pwritev", refused(errno.EINVAL))
+    if "kernel" in missing:
+        monkeypatch.setattr(os, "copy_file_range", refused(errno.ENOSYS), raising=False)
+    found = copied(large, tmp_path / "target", start, stop)
+    stop = max(start, stop)
+    assert found[start:stop] == SOURCE[start:stop]
+    assert found[:start] == b"\x01" * start and found[stop:] == b"\x01" * (len(SOURCE) - stop)
+    assert all(at % (2 << 20) == 0 for at in past)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no way past the cache")
+@pytest.mark.parametrize(
+    ("call", "does", "error", "words"),
+    [
+        ("pwritev", refused(errno.ENOSPC), ResourceError, "free some disk"),
+        ("pwritev", refused(errno.EIO), ResourceError, "cannot write"),
+        ("preadv", lambda *_: 100, VerifyError, "ended at byte 2,097,152"),
+    ],
+)
+def test_what_stops_a_copy_past_the_cache_is_named(
+    call: str,
+    does: Callable[..., Any],
+    error: type[Exception],
+    words: str,
+    large: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not goes_past_the_cache(tmp_path):
+        pytest.skip("this file system has no way past the cache")
+    monkeypatch.setattr(os, call, does)
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(error, match=words):
+        copied(large, tmp_path / "target", 5, len(SOURCE))
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+
+
+def goes_past_the_cache(folder: Path) -> bool:
+    (folder / "probe").write_bytes(b"")
+    try:
+        os.close(os.open(folder / "probe", os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems share blocks in other ways, if at all")
+def test_blocks_are_shared_where_the_file_system_can(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    asked = []
+
+    def share(target: int, number: int, argument: bytes) -> int:
+        source, at, nbytes, to = struct.unpack("=qQQQ", argument)
+        asked.append((number, at, nbytes, to))
+        os.pwrite(target, os.pread(source, nbytes, at), to)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", share)
+    monkeypatch.setattr(os, "pwritev", refused(errno.EIO))
+    assert copied(large, tmp_path / "target", 5, len(SOURCE))[5:] == SOURCE[5:]
+    assert asked == [(0x4020940D, 2 << 20, 6 << 20, 2 << 20)]

@@ -7,8 +7,10 @@ interrupted edit is never loadable as a result.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +21,10 @@ from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.codecs import Float32Array
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.checkpoint.storage import whole
-from abliterate.checkpoint.stream import copy_file, sync
+from abliterate.checkpoint.stream import copy_file, forget, sync
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removal, orthonormal
-from abliterate.edit.shard import EditRecord, PlannedTensor, Workers, write_shard
+from abliterate.edit.shard import EditRecord, PlannedTensor, ShardEdit, Workers
 from abliterate.edit.undo import SIDECARS, RestoredFile, WayBack, file_sha256, place_of
 from abliterate.edit.untie import moved, untie
 from abliterate.edit.writers import ResidualWriter
@@ -128,19 +130,28 @@ def _write_files(
 ) -> dict[str, Any]:
     """Every file of weights that is not finished yet; of each the records of its tensors and their hashes before."""
     files = {shard: f"edit {i}" for i, shard in enumerate(checkpoint.shards)}
-    with Workers.start(THREADS) as workers:
-        waiting = []
+    with Workers.start(THREADS) as workers, ExitStack() as begun:
+        waiting: deque[tuple[str, Path, ShardEdit]] = deque()
+        synced: list[Future[None]] = []
+
+        def finish(step: str, target: Path, edit: ShardEdit) -> None:
+            done, before = edit.finish(progress)
+            edit.close()
+            result = {"records": [asdict(r) for r in done], "before": before}
+            synced.append(workers.after.submit(_keep, target, kept.write, step, result))
+
         for i, (shard, step) in enumerate(files.items()):
             if kept.done(step):
                 progress(len(by_shard[shard]))
                 continue
             way_back = out / RECORDS / SIDECARS / f"{i:05d}.undo" if undo else None
-            source, target = checkpoint.path / shard, out / shard
-            done, before = write_shard(source, target, by_shard[shard], workers, way_back, progress)
-            result = {"records": [asdict(r) for r in done], "before": before}
-            # The disk works while the next file is computed.
-            waiting.append(workers.after.submit(_finish, target, kept.write, step, result))
-        for future in waiting:
+            edit = ShardEdit(checkpoint.path / shard, out / shard, by_shard[shard], workers, way_back)
+            waiting.append((step, out / shard, begun.enter_context(closing(edit))))
+            if len(waiting) > 1:  # so that the workers always have jobs
+                finish(*waiting.popleft())
+        while waiting:
+            finish(*waiting.popleft())
+        for future in synced:
             future.result()
     return {shard: kept.read(step) for shard, step in files.items()}
 
@@ -152,8 +163,11 @@ def removal_of(
     return Removal(orthonormal(directions, _gain(checkpoint, writer), writer.centred), strength, keep_norms)
 
 
-def _finish(target: Path, write: Callable[[str, Any], None], step: str, result: dict[str, Any]) -> None:
+def _keep(target: Path, write: Callable[[str, Any], None], step: str, result: dict[str, Any]) -> None:
+    """A file is finished when its data is on disk; memory need not hold it any more."""
     sync(target)
+    with target.open("rb") as file:
+        forget(file.fileno())
     write(step, result)
 
 

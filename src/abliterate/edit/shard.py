@@ -6,12 +6,13 @@ Owns which thread does what. Never knows about other files, or where directions 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -19,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from abliterate.checkpoint import Checkpoint, TensorInfo
 from abliterate.checkpoint.codecs import PLAIN
 from abliterate.checkpoint.storage import by_rows, matrices
-from abliterate.checkpoint.stream import copy_range, create, gaps, tensor_sha256
+from abliterate.checkpoint.stream import copy_range, create, forget, gaps, tensor_sha256
 from abliterate.edit.projection import Removal, Removed, project_columns, project_rows
 from abliterate.edit.sidecar import Sidecar
 from abliterate.edit.writers import ResidualWriter
@@ -27,6 +28,8 @@ from abliterate.model.progress import Progress
 
 #: Bytes copied by one thread at a time.
 _COPY = 256 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Workers:
-    """The threads of an edit: `compute` for projecting, `copy` beside it, `after` for hashing and forcing to disk.
+    """The threads of an edit: `compute` for projecting, `copy` beside it, `after` for forcing to disk.
 
     Copying is the disk's work and the kernel's, projecting the cores': one must not wait for the other.
     """
@@ -101,7 +104,7 @@ class Workers:
 
         Blocks are too small for a matrix product to be shared out as well: that alone would make an edit twice as slow.
         """
-        workers = cls(ThreadPoolExecutor(threads), ThreadPoolExecutor(1), ThreadPoolExecutor(2))
+        workers = cls(ThreadPoolExecutor(threads), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         try:
             with threadpool_limits(1, user_api="blas"):
                 yield workers
@@ -110,56 +113,80 @@ class Workers:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def write_shard(
-    source: Path,
-    target: Path,
-    tensors: list[PlannedTensor],
-    workers: Workers,
-    way_back: Path | None,
-    progress: Progress,
-) -> tuple[list[EditRecord], dict[str, str]]:
-    """Write `target` from `source`; the records of its tensors, and with a `way_back` their hashes before.
+class ShardEdit:
+    """One file on its way: its jobs are with the workers from the start, `finish` waits for them.
+
+    So the workers can have the jobs of the next file before this one is done.
 
     Raises:
-        VerifyError: a tensor holds NaN or infinity, or the source changed meanwhile.
         ResourceError: the disk is full.
     """
-    create(target, source.stat().st_size)
-    old, new = os.open(source, os.O_RDONLY), os.open(target, os.O_RDWR)
-    sidecar = Sidecar(way_back) if way_back is not None and tensors else None
-    futures: list[Future[Any]] = []
 
-    def submit(pool: ThreadPoolExecutor, *job: Any) -> Future[Any]:
-        futures.append(pool.submit(*job))
-        return futures[-1]
+    def __init__(
+        self, source: Path, target: Path, tensors: list[PlannedTensor], workers: Workers, way_back: Path | None
+    ) -> None:
+        create(target, source.stat().st_size)
+        self._tensors, self._futures = tensors, list[Future[Any]]()
+        jobs = [tensor.jobs() for tensor in tensors]
+        self._left, self._lock, self._hashes = list(jobs), threading.Lock(), dict[str, tuple[str, str | None]]()
+        with ExitStack() as opened:
+            self._old, self._new = os.open(source, os.O_RDONLY), os.open(target, os.O_RDWR)
+            opened.callback(os.close, self._old)
+            opened.callback(os.close, self._new)
+            self._sidecar = opened.enter_context(closing(Sidecar(way_back))) if way_back and tensors else None
+            opened.callback(self._stop)
+            self._edits = [
+                [self._submit(workers.compute, self._edit, number, (job, of)) for job in range(of)]
+                for number, of in enumerate(jobs)
+            ]
+            edited = [(t.info.offset, t.info.offset + t.info.nbytes) for t in tensors]
+            for start, stop in gaps(edited, os.fstat(self._new).st_size):
+                for at in range(start, stop, _COPY):
+                    end = min(stop, at + _COPY)
+                    self._submit(workers.copy, copy_range, self._old, self._new, at, end, source.name)
+            self.close = opened.pop_all().close
 
-    try:
-        edits = [
-            [submit(workers.compute, t.edit, i, (job, jobs), old, new, sidecar) for job in range(jobs)]
-            for i, (t, jobs) in enumerate((t, t.jobs()) for t in tensors)
-        ]
-        edited = [(t.info.offset, t.info.offset + t.info.nbytes) for t in tensors]
-        for start, stop in gaps(edited, os.fstat(new).st_size):
-            for at in range(start, stop, _COPY):
-                submit(workers.copy, copy_range, old, new, at, min(stop, at + _COPY), source.name)
-        removed, after, before = [], [], []
-        for tensor, parts in zip(tensors, edits, strict=True):
-            removed.append([r for part in parts for r in part.result()])
-            after.append(submit(workers.after, tensor_sha256, new, tensor.info))
-            before.append(submit(workers.after, tensor_sha256, old, tensor.info) if sidecar is not None else None)
+    def _submit(self, pool: ThreadPoolExecutor, job: Callable[..., T], *arguments: Any) -> Future[T]:
+        self._futures.append(pool.submit(job, *arguments))
+        return self._futures[-1]
+
+    def _edit(self, number: int, job: tuple[int, int]) -> list[Removed]:
+        """A job; the last one of a tensor takes its hashes too, while the kernel still has it in memory."""
+        tensor = self._tensors[number]
+        removed = tensor.edit(number, job, self._old, self._new, self._sidecar)
+        with self._lock:
+            self._left[number] -= 1
+            last = not self._left[number]
+        if last:
+            before = tensor_sha256(self._old, tensor.info) if self._sidecar is not None else None
+            self._hashes[tensor.info.name] = tensor_sha256(self._new, tensor.info), before
+            forget(self._old, tensor.info.offset, tensor.info.nbytes)
+            forget(self._new, tensor.info.offset, tensor.info.nbytes)
+        return removed
+
+    def finish(self, progress: Progress) -> tuple[list[EditRecord], dict[str, str]]:
+        """The records of the file's tensors and, with a way back, their hashes before, when all of it is written.
+
+        Raises:
+            VerifyError: a tensor holds NaN or infinity, or the source changed meanwhile.
+            ResourceError: the disk is full.
+        """
+        records, hashes_before = [], {}
+        for tensor, parts in zip(self._tensors, self._edits, strict=True):
+            removed = [r for part in parts for r in part.result()]
+            after, before = self._hashes[tensor.info.name]
+            records.append(tensor.record(removed, after))
+            if before is not None:
+                hashes_before[tensor.info.name] = before
             progress(1)
-        for future in futures:
+        for future in self._futures:
             future.result()
-        if sidecar is not None:
-            sidecar.finish()
-        records = [t.record(r, f.result()) for t, r, f in zip(tensors, removed, after, strict=True)]
-        return records, {t.info.name: f.result() for t, f in zip(tensors, before, strict=True) if f is not None}
-    finally:
-        # Where something failed, no thread may go on with a file number that is free for others.
-        for future in futures:
+        if self._sidecar is not None:
+            self._sidecar.finish()
+        return records, hashes_before
+
+    def _stop(self) -> None:
+        """Where something failed, no thread may go on with a file number that is free for others."""
+        for future in self._futures:
             future.cancel()
-        wait(futures)
-        if sidecar is not None:
-            sidecar.close()
-        os.close(old)
-        os.close(new)
+        wait(self._futures)

@@ -27,7 +27,7 @@ from abliterate.model.progress import Progress, silent
 
 #: In the folder of records: the note, and the folder of the sidecars, one for each file of weights.
 NOTE, SIDECARS = "undo.json", "undo"
-SCHEMA = 2
+SCHEMA = 3
 #: Where the records of an earlier edit make room for those of the last.
 EARLIER = f"{RECORDS}/base"
 
