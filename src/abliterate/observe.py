@@ -6,16 +6,18 @@ know each other. Never reads the test split.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
-from abliterate.direction.refusal_score import refusal_tokens
-from abliterate.errors import NoRefusalError
+from abliterate.direction.refusal_score import opening_tokens, refusal_tokens
+from abliterate.errors import NoRefusalError, VerifyError
 from abliterate.evaluate.intervals import Interval, wilson
 from abliterate.evaluate.refusals import ask
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps
+from abliterate.model.run import first_token_log_probs
+from abliterate.options import Options
 from abliterate.prompts import PromptSet, Splits, joined
 
 #: Below this share of refusals on harmful prompts there is nothing to find.
@@ -24,15 +26,24 @@ LEAST_RATE = 0.05
 OPENING_TOKENS = 12
 
 
+_INDICES = ("harmful_train", "harmful_validation", "harmless_train", "harmless_validation")
+_OPENINGS = ("declined", "answered")
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Indices into train and validation splits: harmful prompts declined, harmless ones answered; refusal tokens."""
+    """Indices into train and validation splits: harmful prompts declined, harmless ones answered; refusal tokens.
+
+    `declined` and `answered` are the first tokens of such answers.
+    """
 
     harmful_train: list[int]
     harmful_validation: list[int]
     harmless_train: list[int]
     harmless_validation: list[int]
     tokens: list[int]
+    declined: list[int]
+    answered: list[int]
     refused: int
     asked: int
 
@@ -57,6 +68,30 @@ class Observation:
                 raise ValueError(f"'{name}' is damaged")
         return cls(**value)
 
+    def spread(self, part: int, of: int) -> Observation:
+        """The same, of every `of`-th prompt from `part` on: its indices are those in the whole sets."""
+        indices = {name: [i * of + part for i in getattr(self, name)] for name in _INDICES}
+        return replace(self, **indices)  # type: ignore[arg-type]
+
+    @classmethod
+    def merged(cls, parts: list[Observation]) -> Observation:
+        """What was observed in several parts of the same sets.
+
+        Raises:
+            VerifyError: some parts show refusals, and some do not.
+            NoRefusalError: refusals and answers open with the same tokens.
+        """
+        if len({bool(part.tokens) for part in parts}) > 1:
+            raise VerifyError(
+                "some parts show refusals and others do not (--force went on without); collect in fewer parts"
+            )
+        lists = {name: [i for part in parts for i in getattr(part, name)] for name in (*_INDICES, *_OPENINGS)}
+        tokens = refusal_tokens(lists["declined"], lists["answered"]) if parts[0].tokens else []
+        indices = {name: sorted(lists[name]) for name in _INDICES}
+        refused, asked = sum(p.refused for p in parts), sum(p.asked for p in parts)
+        openings = {name: lists[name] for name in _OPENINGS}
+        return cls(**indices, **openings, tokens=tokens, refused=refused, asked=asked)
+
     @property
     def as_dict(self) -> dict[str, Any]:
         """The observation as JSON stores it; it holds no text."""
@@ -67,41 +102,53 @@ def observe(
     model: ChatModel,
     harmful: Splits,
     harmless: Splits,
-    batch_size: int,
-    force: bool,
+    options: Options,
     progress: Steps,
 ) -> Observation:
     """Ask the train and validation prompts, keep who was declined and which tokens opened refusals.
 
     Means are then taken over harmful prompts that are declined and harmless ones that are answered
-    (Arditi et al. 2024, arXiv 2406.11717, appendix A): the others do not show the contrast.
+    (Arditi et al. 2024, arXiv 2406.11717, appendix A): the others do not show the contrast. Without generation only
+    the first token is known: a prompt counts as declined where it is one that opens answers to harmful prompts and
+    hardly any to harmless ones.
 
     Raises:
         NoRefusalError: the base declines almost nothing, and `force` is not given.
     """
     sets = [harmful.train, harmful.validation, harmless.train, harmless.validation]
     step = progress("reading refusals", sum(map(len, sets)))
-    together = ask(model, joined(sets), OPENING_TOKENS, batch_size, progress=step)
-    answers = [together.part(a, b) for a, b in pairwise(accumulate(map(len, sets), initial=0))]
-    declined = [t for a in answers[:2] for t in (a.first_tokens[i] for i in a.refused)]
-    answered = [t for a in answers[2:] for t in (a.first_tokens[i] for i in a.answered)]
+    parts = list(pairwise(accumulate(map(len, sets), initial=0)))
     asked = len(harmful.train) + len(harmful.validation)
-    too_few = len(declined) < LEAST_RATE * asked or len(answers[0].refused) < 2 or not answers[1].refused
-    if too_few and not force:
+    if options.generate:
+        together = ask(model, joined(sets), OPENING_TOKENS, options.batch_size, progress=step)
+        answers = [together.part(a, b) for a, b in parts]
+        declined = [t for a in answers[:2] for t in (a.first_tokens[i] for i in a.refused)]
+        answered = [t for a in answers[2:] for t in (a.first_tokens[i] for i in a.answered)]
+        a, b, c, d = answers[0].refused, answers[1].refused, answers[2].answered, answers[3].answered
+    else:
+        first = first_token_log_probs(model, model.chat.encode(joined(sets).prompts), options.batch_size, step)
+        tokens = first.argmax(-1).tolist()
+        opens = opening_tokens(tokens[:asked], tokens[asked:])
+        declined, answered = [t for t in tokens[:asked] if t in opens], [t for t in tokens[asked:] if t not in opens]
+        a, b, c, d = (
+            [i for i, t in enumerate(tokens[start:stop]) if (t in opens) == (start < asked)] for start, stop in parts
+        )
+    too_few = len(declined) < LEAST_RATE * asked or len(a) < 2 or not b
+    if too_few and not options.force:
         raise NoRefusalError(
             f"the model refuses {len(declined)} of {asked} harmful prompts ({len(declined) / asked:.0%}): there is "
             f"no refusal to find (at least {LEAST_RATE:.0%} are needed); --force goes on with all prompts"
         )
     if too_few:
         a, b, c, d = (list(range(len(s))) for s in sets)
-        return Observation(a, b, c, d, tokens=[], refused=len(declined), asked=asked)
-    a, b, c, d = answers[0].refused, answers[1].refused, answers[2].answered, answers[3].answered
+        return Observation(a, b, c, d, [], declined, answered, refused=len(declined), asked=asked)
     if len(c) < 2 or not d:
         raise NoRefusalError(
             "the model declines or garbles nearly every harmless prompt too, so the two sets do not contrast; "
             "give another set with --harmless"
         )
-    return Observation(a, b, c, d, tokens=refusal_tokens(declined, answered), refused=len(declined), asked=asked)
+    tokens = refusal_tokens(declined, answered)
+    return Observation(a, b, c, d, tokens, declined, answered, refused=len(declined), asked=asked)
 
 
 def contrast(observed: Observation, harmful: Splits, harmless: Splits) -> tuple[PromptSet, PromptSet]:

@@ -5,6 +5,7 @@ Owns the options as a value; never knows how a command line or a step uses them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ class Options:
     harmful: str | None = None
     harmless: str | None = None
     limit: int | None = None
+    prompts: str | None = None
     layer: int | None = None
     position: int | None = None
     strength: float = 1.0
@@ -31,11 +33,14 @@ class Options:
     undo: bool = True
     device: str | None = None
     dtype: str | None = None
+    memory: str | None = None
     batch_size: int = 64
     max_new_tokens: int = 32
+    generate: bool = True
     seed: int = 0
     system_prompt: str | None = None
     chat_template: str | None = None
+    thinking: Literal["template", "on", "off"] = "template"
     evaluate: bool = True
     force: bool = False
 
@@ -45,6 +50,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        if self.prompts is not None:
+            parse_part(self.prompts)
+        if self.memory is not None:
+            parse_bytes(self.memory)
         if self.layer is not None and self.layer < 0:
             raise UsageError(f"--layer {self.layer}: layers count from 0")
         if self.position is not None and self.position >= 0:
@@ -55,11 +64,40 @@ class Options:
             raise UsageError(
                 f"--strength {self.strength:g}: expected -4 to 4 (1 removes the direction, 2 reflects, -1 doubles it)"
             )
+        if self.thinking not in ("template", "on", "off"):
+            raise UsageError(f"--thinking {self.thinking}: expected on, off or template")
         check_embeddings(self.embeddings)
         if self.format not in ("checkpoint", "adapter"):
             raise UsageError(f"--format {self.format}: expected checkpoint or adapter")
         if self.format == "adapter" and self.keep_norms:
             raise UsageError("--format adapter: an edit that keeps norms is of full rank and fits none; leave out one")
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`(0, 4)` from `0/4`: the first of four parts.
+
+    Raises:
+        UsageError: it is not such a part.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise UsageError(f"--prompts {text}: expected a part such as 0/4, the first of four")
+    return int(found[1]), int(found[2])
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `4GiB`, `4G`, `3.5 GB` or a plain number.
+
+    Raises:
+        UsageError: it is none of these, or nothing.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", text.lower())
+    if found is None or found[2] not in _UNITS or not float(found[1]):
+        raise UsageError(f"--memory {text}: expected a size such as 4GiB or 3.5GB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def check_embeddings(value: str) -> None:

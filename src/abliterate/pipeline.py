@@ -18,7 +18,8 @@ from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import EditPlan, plan_edit
 from abliterate.errors import AbliterateError
-from abliterate.model.load import ChatModel, peak_memory, pick_device, pick_dtype
+from abliterate.model.load import ChatModel, pick_device, pick_dtype
+from abliterate.model.memory import peak_memory
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options
@@ -47,12 +48,12 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     plan = plan_edit(checkpoint, chosen.embeddings)
     step.check_site(checkpoint, chosen)
     require_room(out, checkpoint)
-    step.check_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
+    memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
     # Going on after "there is no refusal", or without the comparison, is a resume like any other.
-    del settings["force"], settings["evaluate"]
+    del settings["force"], settings["evaluate"], settings["memory"]
     with Workspace(out, source, settings, resume) as work:
-        this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, steps)
+        this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, steps, memory)
         try:
             record = this.record({"model": model, "output": str(output), "resume": resume, **options})
         except AbliterateError:
@@ -74,6 +75,7 @@ class _Run:
     options: Options
     work: Workspace
     steps: Steps
+    memory: int | None
     seconds: dict[str, float] = field(default_factory=dict)
     _base: ChatModel | None = None
 
@@ -82,7 +84,7 @@ class _Run:
         """The base model, loaded when first needed."""
         if self._base is None:
             loaded = self.steps("loading the model", 1)
-            self._base = step.load(self.checkpoint.path, self.options)
+            self._base = step.load(self.checkpoint.path, self.options, self.memory)
             loaded(1)
         return self._base
 
@@ -117,7 +119,18 @@ class _Run:
         o = self.options
 
         def compute() -> None:
-            both = step.collect_both(self.base, self.checkpoint, observed, self.harmful, self.harmless, o, self.steps)
+            depth = step.depth(self.checkpoint.n_layers, o)
+            both = step.collect_both(
+                self.base,
+                self.checkpoint,
+                observed,
+                self.harmful,
+                self.harmless,
+                o,
+                self.steps,
+                depth,
+                self.work.steps / "unfinished.safetensors",
+            )
             for stats, path in zip(both, paths, strict=True):
                 stats.save(path)
 
@@ -157,10 +170,10 @@ class _Run:
     def edited(self) -> ChatModel:
         """The edited model: the result, or the base with the result merged into it."""
         if self.options.format == "checkpoint":
-            return step.load(self.work.folder, self.options)
-        return step.load(self.checkpoint.path, self.options, self.work.folder)
+            return step.load(self.work.folder, self.options, self.memory)
+        return step.load(self.checkpoint.path, self.options, adapter=self.work.folder)
 
-    def evaluate(self, direction: Direction) -> dict[str, Any]:
+    def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
         if not self.options.evaluate:
             return {"metrics": [], "verdicts": {}}
@@ -169,7 +182,7 @@ class _Run:
             edited = self.edited()
             vector = direction.vector
             return asdict(
-                step.compare(self.base, edited, self.harmful, self.harmless, self.options, vector, self.steps)
+                step.compare(self.base, edited, self.harmful, self.harmless, self.options, vector, tokens, self.steps)
             )
 
         found: dict[str, Any] = self.step("evaluate", compute)
@@ -180,7 +193,7 @@ class _Run:
         observed = self.observe()
         direction, finalists = self.select(observed, self.collect(observed))
         edits = self.edit(direction)
-        evaluation = self.evaluate(direction)
+        evaluation = self.evaluate(direction, observed.tokens)
         device = pick_device(self.options.device)
         resolved = asdict(self.options) | {
             "device": str(device),

@@ -5,6 +5,7 @@ Owns what is handed from step to step; computes nothing itself, and knows no ord
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,22 +14,26 @@ import numpy as np
 import numpy.typing as npt
 
 from abliterate import observe as observing
-from abliterate.activations.collect import collect
+from abliterate.activations.collect import collect, collect_sets
 from abliterate.activations.stats import ActivationStats
+from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction import choose as choosing
 from abliterate.direction.direction import Direction, candidates, most_separated
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import UsageError, VerifyError
-from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_pair
+from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_first_tokens, evaluate_pair
 from abliterate.model.chat import ChatFormat, load_tokenizer
-from abliterate.model.load import ChatModel, load_model, pick_device, pick_dtype, require_memory
+from abliterate.model.load import ChatModel, load_model, pick_device, pick_dtype
+from abliterate.model.memory import available, fits_whole, need
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
-from abliterate.options import LIMITS, Options
+from abliterate.options import LIMITS, Options, parse_bytes, parse_part
 from abliterate.prompts import Splits, check_contrast, load_prompts, split
 from abliterate.prompts.load import Kind, builtin_splits
+
+logger = logging.getLogger("abliterate")
 
 #: Validation prompts in the causal test, of each kind.
 TRIAL_PROMPTS = 32
@@ -52,32 +57,53 @@ def prompt_splits(options: Options) -> tuple[Splits, Splits]:
 
 
 def limited(splits: Splits, options: Options) -> Splits:
-    """At most `--limit` prompts of each part, or as many as `LIMITS` says."""
-    return Splits(*(part.head(options.limit or LIMITS[name]) for name, part in splits._asdict().items()))
+    """At most `--limit` prompts of each split, or as many as `LIMITS` says; of these `--prompts`."""
+    heads = [part.head(options.limit or LIMITS[name]) for name, part in splits._asdict().items()]
+    if options.prompts is not None:
+        part, of = parse_part(options.prompts)
+        heads = [head.take(list(range(part, len(head), of))) for head in heads]
+    return Splits(*heads)
 
 
-def load(folder: Path, options: Options, adapter: Path | None = None) -> ChatModel:
-    """The model, ready to run as the options say, with an adapter merged into it."""
+def load(folder: Path, options: Options, memory: int | None = None, adapter: Path | None = None) -> ChatModel:
+    """The model, ready to run as the options say, with an adapter merged into it; block by block within `memory`."""
     return load_model(
         folder,
         adapter=adapter,
+        memory=memory,
         device=options.device,
         dtype=options.dtype,
         system_prompt=options.system_prompt,
         chat_template=Path(options.chat_template) if options.chat_template else None,
+        thinking=options.thinking,
     )
 
 
-def check_memory(models: list[Checkpoint], options: Options) -> None:
-    """Room for all of `models` at once, and half a gigabyte and a tenth for what runs through them.
+def bounded_memory(models: list[Checkpoint], options: Options) -> int | None:
+    """The bytes within which `models`, all at once, must run block by block; None where they fit whole.
 
     Raises:
-        ResourceError: there is not enough.
+        ResourceError: they fit in neither way.
     """
     device = pick_device(options.device)
-    size = pick_dtype(options.dtype, device).itemsize
-    elements = sum(int(np.prod(t.shape, dtype=np.int64)) for c in models for t in c.tensors.values())
-    require_memory(int(1.1 * elements * size + 5e8), device)
+    needed = need(models, pick_dtype(options.dtype, device), device)
+    free = parse_bytes(options.memory) if options.memory is not None else available(device)
+    if free is None or needed.whole <= free:
+        why_not = None
+    elif options.format == "adapter" and options.evaluate:
+        why_not = "block by block no adapter can be compared: --no-eval"
+    else:
+        from transformers import AutoConfig
+
+        why_not = why_not_blockwise(AutoConfig.from_pretrained(models[0].path))
+    whole = fits_whole(needed, free, why_not)
+    logger.log(
+        logging.INFO if whole else logging.WARNING,
+        "%s: about %.1f GB of memory (%.1f GB whole, %.1f GB block by block; %s may be used)",
+        "whole in memory" if whole else "block by block", (needed.whole if whole else needed.blockwise) / 1e9,
+        needed.whole / 1e9, needed.blockwise / 1e9, f"{free / 1e9:.1f} GB" if free is not None else "any amount",
+    )  # fmt: skip
+    return None if whole else free
 
 
 def check_site(checkpoint: Checkpoint, options: Options) -> None:
@@ -91,7 +117,8 @@ def check_site(checkpoint: Checkpoint, options: Options) -> None:
     if options.layer is not None and options.layer >= n_layers:
         raise UsageError(f"--layer {options.layer}: layers are 0 to {n_layers - 1}")
     template = Path(options.chat_template) if options.chat_template else None
-    tail = len(ChatFormat(load_tokenizer(checkpoint.path, template), options.system_prompt).tail())
+    chat = ChatFormat(load_tokenizer(checkpoint.path, template), options.system_prompt, options.thinking)
+    tail = len(chat.tail())
     if options.position is not None and -options.position > tail:
         raise UsageError(f"--position {options.position}: positions after the request are {-tail} to -1")
 
@@ -111,7 +138,7 @@ def observe(
         VerifyError: its weights are damaged; names the tensor.
     """
     check_runs(model, checkpoint, harmful)
-    return observing.observe(model, harmful, harmless, options.batch_size, options.force, steps)
+    return observing.observe(model, harmful, harmless, options, steps)
 
 
 def check_runs(model: ChatModel, checkpoint: Checkpoint, prompts: Splits) -> None:
@@ -132,8 +159,12 @@ def collect_both(
     harmless: Splits,
     options: Options,
     steps: Steps = no_steps,
+    n_layers: int | None = None,
+    unfinished: Path | None = None,
 ) -> tuple[ActivationStats, ActivationStats]:
-    """Step 1 for both sets, over the prompts that show the contrast.
+    """Step 1 for both sets, over the prompts that show the contrast, at the first `n_layers` layers or all.
+
+    In the file `unfinished` it leaves what an interrupted pass goes on from.
 
     Raises:
         VerifyError: NaN or infinity in the activations; names the tensor if it comes from the weights.
@@ -141,7 +172,10 @@ def collect_both(
     sets = observing.contrast(observed, harmful, harmless)
     step = steps("collecting activations", sum(map(len, sets)))
     with _naming_bad_weights(checkpoint):
-        first, second = (collect(model, s, options.batch_size, checkpoint.fingerprint, step) for s in sets)
+        first, second = collect_sets(
+            model, sets, options.batch_size, model_fingerprint=checkpoint.fingerprint, n_layers=n_layers,
+            unfinished=unfinished, progress=step,
+        )  # fmt: skip
     return first, second
 
 
@@ -153,6 +187,11 @@ def _naming_bad_weights(checkpoint: Checkpoint) -> Iterator[None]:
     except VerifyError:
         require_finite(checkpoint)
         raise
+
+
+def depth(n_layers: int, options: Options) -> int:
+    """How many of the first layers a direction may come from."""
+    return options.layer + 1 if options.layer is not None else max(1, int(choosing.DEEPEST * n_layers))
 
 
 def select(
@@ -171,8 +210,7 @@ def select(
         UsageError: `layer` or `position` is not among the candidates.
         VerifyError: no candidate passes the test.
     """
-    deepest = model.n_layers if options.layer is not None else max(1, int(choosing.DEEPEST * model.n_layers))
-    found = candidates(*stats, last_layer=deepest)
+    found = candidates(*stats, last_layer=depth(model.n_layers, options))
     found = [d for d in found if options.layer in (None, d.layer) and options.position in (None, d.position)]
     if not found:
         asked = [f"--{n} {v}" for n, v in (("layer", options.layer), ("position", options.position)) if v is not None]
@@ -199,10 +237,18 @@ def compare(
     harmless: Splits,
     options: Options,
     direction: npt.NDArray[np.float32] | None,
+    tokens: list[int],
     steps: Steps = no_steps,
 ) -> Evaluation:
-    """The edited model on the test prompts, against its base where there is one; leak where `direction` is known."""
+    """The edited model on the test prompts, against its base where there is one; leak where `direction` is known.
+
+    Without generation, by refusal tokens alone.
+    """
     asked = Questions(harmful.test, harmless.test, options.max_new_tokens, options.batch_size)
     if base is None:
+        if not options.generate:
+            raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
         return evaluate_alone(edited, asked, steps)
+    if not options.generate:
+        return evaluate_first_tokens(base, edited, asked, tokens, steps, direction)
     return evaluate_pair(base, edited, asked, steps, direction)

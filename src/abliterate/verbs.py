@@ -6,7 +6,8 @@ Owns the folder of activations that `collect` writes and `select` reads; compute
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,28 @@ from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.evaluate.evaluation import Evaluation
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
-from abliterate.options import Options
+from abliterate.options import Options, parse_part
 from abliterate.workspace import Workspace, check_output, writable
 
-__all__ = ["Collected", "collect", "edit", "evaluate", "inspect", "select", "undo"]
+__all__ = ["Collected", "collect", "edit", "evaluate", "inspect", "merge", "select", "undo"]
 
 SCHEMA = 1
 #: The options that decide which prompts are used and how they are rendered: `select` takes them from `collect`.
-_PROMPT_OPTIONS = ("harmful", "harmless", "limit", "seed", "system_prompt", "chat_template", "force")
+_PROMPT_OPTIONS = (
+    "harmful",
+    "harmless",
+    "limit",
+    "seed",
+    "system_prompt",
+    "chat_template",
+    "thinking",
+    "force",
+    "generate",
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,10 @@ class Collected:
         )
 
 
-def collect(model: str, output: str | Path, *, steps: Steps = no_steps, **options: Any) -> Collected:
-    """Step 1 of `model` into the new folder `output`.
+def collect(
+    model: str, output: str | Path, *, resume: bool = False, steps: Steps = no_steps, **options: Any
+) -> Collected:
+    """Step 1 of `model` into the new folder `output`; `resume` takes up an interrupted one.
 
     Raises:
         AbliterateError: as its kinds say.
@@ -80,15 +93,59 @@ def collect(model: str, output: str | Path, *, steps: Steps = no_steps, **option
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
-    step.check_memory([checkpoint], chosen)
-    loaded = step.load(source, chosen)
-    observed = step.observe(loaded, checkpoint, harmful, harmless, chosen, steps)
-    stats = step.collect_both(loaded, checkpoint, observed, harmful, harmless, chosen, steps)
-    found = Collected(*stats, observed, {name: getattr(chosen, name) for name in _PROMPT_OPTIONS})
-    with Workspace.scratch(out, source) as work:
+    memory = step.bounded_memory([checkpoint], chosen)
+    settings = asdict(chosen) | {"verb": "collect", "model": checkpoint.fingerprint}
+    del settings["memory"]
+    with Workspace(out, source, settings, resume) as work:
+        loaded = step.load(source, chosen, memory)
+        try:
+            if not work.done("observe"):
+                work.write("observe", step.observe(loaded, checkpoint, harmful, harmless, chosen, steps).as_dict)
+            observed = Observation.from_dict(work.read("observe"))
+        except AbliterateError:
+            work.discard_if_new()
+            raise
+        stats = step.collect_both(
+            loaded,
+            checkpoint,
+            observed,
+            harmful,
+            harmless,
+            chosen,
+            steps,
+            unfinished=work.steps / "unfinished.safetensors",
+        )
+        if chosen.prompts is not None:
+            observed = observed.spread(*parse_part(chosen.prompts))
+        found = Collected(*stats, observed, {name: getattr(chosen, name) for name in _PROMPT_OPTIONS})
         found.save(work.folder)
         work.publish()
     return found
+
+
+def merge(parts: list[str | Path], output: str | Path) -> Collected:
+    """The statistics of disjoint parts of the same prompts (`collect` with `prompts="0/4"`) in one folder `output`.
+
+    Raises:
+        UsageError: they are of different models or options, or share prompts.
+    """
+    out = Path(output).expanduser()
+    found = [Collected.load(Path(part)) for part in parts]
+    for folder, part in zip(parts[1:], found[1:], strict=True):
+        if part.options != found[0].options or part.harmful.model != found[0].harmful.model:
+            raise UsageError(f"{folder}: of another model or other options than {parts[0]}; collect it again")
+    for kind in ("harmful_train", "harmless_train"):
+        seen = [i for part in found for i in getattr(part.observed, kind)]
+        if len(seen) > len(set(seen)):
+            raise UsageError(f"{', '.join(map(str, parts))}: share prompts; merge parts such as 0/2 and 1/2")
+    harmful, harmless = (
+        reduce(ActivationStats.merge, (getattr(part, kind) for part in found)) for kind in ("harmful", "harmless")
+    )
+    together = Collected(harmful, harmless, Observation.merged([p.observed for p in found]), found[0].options)
+    with Workspace.scratch(out, None) as work:
+        together.save(work.folder)
+        work.publish()
+    return together
 
 
 def select(
@@ -111,8 +168,7 @@ def select(
     plan = plan_edit(checkpoint, chosen.embeddings)
     step.check_site(checkpoint, chosen)
     writable(out)
-    step.check_memory([checkpoint], chosen)
-    loaded = step.load(source, chosen)
+    loaded = step.load(source, chosen, step.bounded_memory([checkpoint], chosen))
     stats = (collected.harmful, collected.harmless)
     direction, _ = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
     direction.save(out)
@@ -130,11 +186,11 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     harmful, harmless = step.prompt_splits(chosen)
     folders = [find_model(m) for m in (model, base) if m is not None]
     checkpoints = [open_checkpoint(folder) for folder in folders]
-    step.check_memory(checkpoints, chosen)
+    memory = step.bounded_memory(checkpoints, chosen)
     removed = folders[0] / RECORDS / "directions.safetensors"
     direction = Direction.load(removed).vector if removed.is_file() else None
-    models = [step.load(folder, chosen) for folder in folders]
+    models = [step.load(folder, chosen, memory) for folder in folders]
     for loaded, checkpoint in zip(models, checkpoints, strict=True):
         step.check_runs(loaded, checkpoint, harmful)
     edited, *rest = models
-    return step.compare(rest[0] if rest else None, edited, harmful, harmless, chosen, direction, steps)
+    return step.compare(rest[0] if rest else None, edited, harmful, harmless, chosen, direction, [], steps)

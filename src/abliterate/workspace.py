@@ -121,7 +121,7 @@ class Workspace:
 
     @classmethod
     @contextmanager
-    def scratch(cls, output: Path, source: Path) -> Iterator[Workspace]:
+    def scratch(cls, output: Path, source: Path | None) -> Iterator[Workspace]:
         """A new folder for work that is not resumable: dropped if the block does not publish it.
 
         What an earlier, killed one left is dropped as well.

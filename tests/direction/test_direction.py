@@ -20,10 +20,9 @@ from abliterate.direction.direction import Direction, candidates, most_separated
 from abliterate.direction.refusal_score import refusal_score, refusal_tokens
 from abliterate.edit.plan import plan_edit
 from abliterate.errors import CheckpointError, NoRefusalError, VerifyError
-from abliterate.model.batches import pad_left
 from abliterate.model.hooks import ablate, add_vectors
 from abliterate.model.load import load_model
-from abliterate.model.run import next_token_log_probs
+from abliterate.model.run import first_token_log_probs
 from tests.conftest import Refusing
 
 Tiny = Callable[..., Path]
@@ -115,7 +114,7 @@ def brute(trial: Trial, direction: Direction) -> dict[str, float]:
     model, r = trial.model, torch.from_numpy(direction.vector)
 
     def log_probs(row: list[int]) -> torch.Tensor:
-        return next_token_log_probs(model, pad_left(model, [row]))
+        return first_token_log_probs(model, [row], 1)
 
     def score(row: list[int]) -> float:
         return refusal_score(log_probs(row), trial.tokens).item()

@@ -14,18 +14,24 @@ from hypothesis import strategies as st
 from abliterate.activations.collect import collect
 from abliterate.activations.stats import ActivationStats
 from abliterate.errors import CheckpointError, UnsupportedError, UsageError
-from abliterate.model import run
-from abliterate.model.batches import batches, pad_left
+from abliterate.model import generate as generating
+from abliterate.model.batches import Batch, batches, pad_left
 from abliterate.model.chat import load_tokenizer
+from abliterate.model.generate import generate
 from abliterate.model.hooks import ablate, add_vectors, record_resid_post
 from abliterate.model.load import ChatModel, load_model
-from abliterate.model.run import first_token_log_probs, generate, next_token_log_probs
+from abliterate.model.run import first_token_log_probs, forward, log_probs
 from abliterate.model.sites import WriterSite
 from abliterate.prompts import PromptSet
 from tests.tiny import FAMILIES, TEMPLATE
 
 Tiny = Callable[..., Path]
 PROMPTS = PromptSet("five", ("Hi", "How are you?", "Name a river.", "a", "Tell me more about it, please"), ("",) * 5)
+
+
+def next_token_log_probs(model: ChatModel, batch: Batch) -> torch.Tensor:
+    ((_, logits),) = forward(model, [batch], tokens=1)
+    return log_probs(logits[:, -1])
 
 
 def running(folder: Path) -> ChatModel:
@@ -54,7 +60,7 @@ def test_an_opening_that_is_run_once_changes_no_figure(family: str, tiny: Tiny) 
     shared, single = collect(model, PROMPTS, 3), collect(model, PROMPTS, 1)
     first = pad_left(model, rows[:1])
     with torch.inference_mode():
-        states = model.model(**first.inputs, output_hidden_states=True).hidden_states
+        states = model.model(**first.inputs(), output_hidden_states=True).hidden_states
     one = collect(model, PromptSet("one", PROMPTS.prompts[:1], ("",)))
     assert np.allclose(shared.mean, single.mean, atol=1e-4)
     assert np.allclose(one.mean[0], states[1][0, -one.mean.shape[1] :].numpy(), atol=1e-4)
@@ -89,7 +95,7 @@ def test_values_equal_hidden_states_and_the_last_layer_comes_before_the_final_no
 def test_without_the_mask_padding_would_change_the_values(tiny: Tiny) -> None:
     model = running(tiny("llama"))
     rows = model.chat.encode(PROMPTS.prompts)
-    batch = next(batches(model, rows, 5))
+    batch = pad_left(model, rows)
     with torch.inference_mode():
         right = next_token_log_probs(model, batch)
         wrong = model.model(batch.input_ids, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
@@ -176,7 +182,7 @@ def test_added_vectors_reach_their_layer_and_row_alone(tiny: Tiny) -> None:
     def streams(**added: object) -> torch.Tensor:
         seen: list[torch.Tensor] = []
         with torch.inference_mode(), record_resid_post(model, lambda _l, h: seen.append(h)):
-            model.model.base_model(**batch.inputs)
+            model.model.base_model(**batch.inputs())
         return torch.stack(seen)
 
     before = streams()
@@ -221,7 +227,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_ships_and_whoever_ends_ear
     expected = [greedy(model, row, 8) for row in rows]
     assert len(set(map(len, expected))) > 1
     for first in (2, 3, 20):
-        monkeypatch.setattr(run, "_FIRST", first)
+        monkeypatch.setattr(generating, "_FIRST", first)
         made = generate(model, rows, 8, 5)
         assert [c.ids for c in made] == expected
         assert [c.ended for c in made] == [len(ids) < 8 for ids in expected]

@@ -1,29 +1,49 @@
 """Run prompts through a model and fold its residual stream into statistics.
 
-Owns the pass over the prompts; holds one batch of one block at a time. Never knows directions.
+Owns the pass over the prompts; keeps sums, never activations. Never knows directions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
-from abliterate.activations.stats import ActivationStats
+from abliterate.activations.stats import ActivationStats, RunningStats
+from abliterate.activations.unfinished import Unfinished
 from abliterate.errors import PromptError, VerifyError
 from abliterate.model.batches import Batch, batches
-from abliterate.model.hooks import record_resid_post
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
+from abliterate.model.run import forward
 from abliterate.prompts import PromptSet
 
 SITE = "resid_post"
 
 
-@torch.inference_mode()
-def collect(
-    model: ChatModel, prompts: PromptSet, batch_size: int = 64, model_fingerprint: str = "", progress: Progress = silent
-) -> ActivationStats:
-    """Mean and variance of `resid_post` at every layer and every token after the instruction.
+def collect(model: ChatModel, prompts: PromptSet, batch_size: int = 64, **options: Any) -> ActivationStats:
+    """`collect_sets` of one set."""
+    (found,) = collect_sets(model, [prompts], batch_size, **options)
+    return found
+
+
+def collect_sets(
+    model: ChatModel,
+    sets: Sequence[PromptSet],
+    batch_size: int = 64,
+    *,
+    model_fingerprint: str = "",
+    n_layers: int | None = None,
+    unfinished: Path | None = None,
+    progress: Progress = silent,
+) -> list[ActivationStats]:
+    """Mean and variance of `resid_post` at the first `n_layers` layers (all) and every token after the instruction.
+
+    All sets take one pass. A model that is read block by block leaves what it has found so far in the file `unfinished`
+    after each block, and goes on from what is there of the same model and prompts.
 
     Positions are those of the chat template's own tokens behind the request (Arditi et al. 2024,
     arXiv 2406.11717, §2.3). `resid_post[l]` equals transformers' `hidden_states[l + 1]`, except at the
@@ -33,36 +53,41 @@ def collect(
         PromptError: no prompts.
         VerifyError: NaN or infinity in the activations; names the layer.
     """
-    if not len(prompts):
-        raise PromptError(f"{prompts.name}: no prompts to collect activations of")
-    n_positions = len(model.chat.tail())
-    stats = None
-    for batch in batches(model, model.chat.encode(prompts.prompts), batch_size, keep=n_positions):
-        part = _batch_stats(model, batch, n_positions, prompts.sha256, model_fingerprint)
-        stats = part if stats is None else stats.merge(part)
-        progress(len(batch.indices))
-    assert stats is not None
-    return ActivationStats(SITE, stats.positions, stats.count, stats.mean, stats.m2, prompts.sha256, model_fingerprint)
+    for prompts in sets:
+        if not len(prompts):
+            raise PromptError(f"{prompts.name}: no prompts to collect activations of")
+    n_positions, depth = len(model.chat.tail()), n_layers or model.n_layers
+    found = [RunningStats((depth, n_positions, model.d_model)) for _ in sets]
+    of = np.repeat(np.arange(len(sets)), [len(prompts) for prompts in sets])
 
-
-def _batch_stats(model: ChatModel, batch: Batch, n_positions: int, prompts: str, fingerprint: str) -> ActivationStats:
-    """The statistics of one batch, each block's output reduced as soon as it appears."""
-    shape = (model.n_layers, n_positions, model.d_model)
-    mean, m2 = np.zeros(shape), np.zeros(shape)
-
-    def fold(layer: int, hidden: torch.Tensor) -> None:
+    def fold(batch: Batch, layer: int, hidden: torch.Tensor) -> None:
+        if layer >= depth:
+            return
         # Rows are aligned at their last token; only the wanted positions leave the block.
-        wanted = hidden[:, -n_positions:].cpu().double()
-        if not torch.isfinite(wanted).all():
-            raise VerifyError(
-                f"activations: resid_post of layer {layer} holds NaN or infinity; the weights are damaged or the "
-                "dtype overflows: try --dtype float32"
-            )
-        center = wanted.mean(0)
-        mean[layer] = center.numpy()
-        m2[layer] = ((wanted - center) ** 2).sum(0).numpy()
+        values, whose = _finite(layer, hidden[:, -n_positions:].cpu().double()).numpy(), of[batch.indices]
+        for i, stats in enumerate(found):
+            if (whose == i).any():
+                stats.add(layer, values[whose == i])
 
-    with record_resid_post(model, fold):
-        model.model.base_model(**batch.inputs)
+    rows = model.chat.encode([prompt for prompts in sets for prompt in prompts.prompts])
+    keeper = None
+    if unfinished is not None and model.weights is not None:
+        same = [model_fingerprint, rows, of.tolist(), batch_size, n_positions, str(model.model.dtype)]
+        keeper = Unfinished(unfinished, found, same)
+    todo = batches(model, rows, batch_size, keep=n_positions)
+    for _ in forward(model, todo, on_block=fold, n_blocks=depth, progress=progress, keeper=keeper):
+        pass
     positions = tuple(range(-n_positions, 0))
-    return ActivationStats(SITE, positions, len(batch.indices), mean, m2, prompts, fingerprint)
+    return [
+        ActivationStats(SITE, positions, len(prompts), s.mean, s.m2, prompts.sha256, model_fingerprint)
+        for prompts, s in zip(sets, found, strict=True)
+    ]
+
+
+def _finite(layer: int, values: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(values).all():
+        raise VerifyError(
+            f"activations: resid_post of layer {layer} holds NaN or infinity; the weights are damaged or the "
+            "dtype overflows: try --dtype float32"
+        )
+    return values

@@ -17,6 +17,22 @@ KIND = "activation statistics"
 Float64Array = npt.NDArray[np.float64]
 
 
+class RunningStats:
+    """Means and sums of squared deviations of values that come in pieces: `[n_layers, n_positions, d_model]`."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.mean, self.m2 = np.zeros(shape), np.zeros(shape)
+        self.count = np.zeros(shape[0])
+
+    def add(self, layer: int, values: Float64Array) -> None:
+        """Fold in values `[n, n_positions, d_model]` of one layer (Chan et al. 1979)."""
+        n, before, center = len(values), self.count[layer], values.mean(0)
+        delta = center - self.mean[layer]
+        self.mean[layer] += delta * (n / (before + n))
+        self.m2[layer] += ((values - center) ** 2).sum(0) + delta**2 * (before * n / (before + n))
+        self.count[layer] += n
+
+
 @dataclass(frozen=True, slots=True)
 class ActivationStats:
     """Statistics of one prompt set at one site of one model.

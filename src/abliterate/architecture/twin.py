@@ -21,7 +21,8 @@ from abliterate.architecture.shrink import MOST_LAYERS, VOCABULARY, WHOLE, Form,
 from abliterate.errors import UnsupportedError
 
 MAX_PARAMETERS = 100_000_000
-_REFUSALS = (
+#: What model classes raise on a size they do not like.
+REFUSALS = (
     StrictDataclassError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError,
     ImportError, AssertionError,
 )  # fmt: skip
@@ -61,7 +62,7 @@ def _attempt(config: PreTrainedConfig, dtype: torch.dtype, form: Form) -> PreTra
         return _runnable(shrink(config, form), dtype)
     # The model classes of all of transformers are behind this call, and what each of them raises on a size it does
     # not like is not known; the reason is kept and given where no form runs.
-    except _REFUSALS as error:
+    except REFUSALS as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -75,7 +76,7 @@ def _least_depth(config: PreTrainedConfig) -> int:
     try:
         with torch.device("meta"):
             shape = _auto_class(config).from_config(shrink(config, Form(4, True, least=WHOLE)), dtype=torch.float32)
-    except _REFUSALS:
+    except REFUSALS:
         return 0
     least = 0
     for layers in (m for m in shape.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth(config)):
@@ -127,7 +128,7 @@ def _run(model: PreTrainedModel) -> Exception | None:
     """Run random text through a model; what it raised, or None."""
     try:
         model(input_ids=random_ids(), use_cache=False)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         return error
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -41,6 +42,9 @@ def progress_bars(
         TextColumn("{task.description:<22}"), BarColumn(bar_width=18), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
+    logger, notes = logging.getLogger("abliterate"), _Notes(console)
+    logger.addHandler(notes)
+    logger.setLevel(logging.INFO)
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 
@@ -52,6 +56,21 @@ def progress_bars(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    finally:
+        logger.removeHandler(notes)
+
+
+class _Notes(logging.Handler):
+    """What the steps have to say, above the progress bars; warnings also where nobody watches."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one note."""
+        if record.levelno > logging.INFO or self._console.is_terminal:
+            self._console.print(record.getMessage(), highlight=False, markup=False)
 
 
 def _quiet_libraries() -> None:

@@ -29,8 +29,11 @@ def evaluate(
     seed: options.Seed = 0,
     system_prompt: options.SystemPrompt = None,
     chat_template: options.ChatTemplate = None,
+    thinking: options.Thinking = "template",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    memory: options.Memory = None,
+    no_generate: options.NoGenerate = False,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
     as_json: options.Json = False,
@@ -45,8 +48,9 @@ def evaluate(
     with console.progress_bars() as steps:
         found = evaluate_verb(
             model, base, steps=steps, harmful=harmful, harmless=harmless, limit=limit, seed=seed,
-            system_prompt=system_prompt, chat_template=str(chat_template) if chat_template else None,
-            device=device, dtype=dtype, batch_size=batch_size, max_new_tokens=max_new_tokens,
+            system_prompt=system_prompt, chat_template=str(chat_template) if chat_template else None, thinking=thinking,
+            device=device, dtype=dtype, memory=memory, generate=not no_generate,
+            batch_size=batch_size, max_new_tokens=max_new_tokens,
         )  # fmt: skip
     if as_json:
         console.print_json(asdict(found))

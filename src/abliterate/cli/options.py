@@ -47,6 +47,15 @@ ChatTemplate = Annotated[
     Optional[Path],
     typer.Option(help="A jinja file to use as chat template.", show_default="the model's", rich_help_panel=_PROMPTS),
 ]
+Thinking = Annotated[
+    str,
+    typer.Option(
+        metavar="on|off|template",
+        help="The template's own switch for reasoning before the answer; refusals are told by how the text opens, so "
+        "off suits models that reason.",
+        rich_help_panel=_PROMPTS,
+    ),
+]
 Device = Annotated[
     Optional[str],
     typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.", show_default="best here", rich_help_panel=_MODEL),
@@ -56,6 +65,23 @@ Dtype = Annotated[
     typer.Option(
         help="What to run in: float32, bfloat16 or float16. Weights are always edited in float32.",
         show_default="best here",
+        rich_help_panel=_MODEL,
+    ),
+]
+Memory = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory to use, such as 4GiB: a model that does not fit whole is read from its files block by block.",
+        show_default="what is free",
+        rich_help_panel=_MODEL,
+    ),
+]
+NoGenerate = Annotated[
+    bool,
+    typer.Option(
+        "--no-generate",
+        help="Write no answers: refusals are told by their first token alone. For models that run block by block.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -33,6 +33,7 @@ def run(
     seed: options.Seed = 0,
     system_prompt: options.SystemPrompt = None,
     chat_template: options.ChatTemplate = None,
+    thinking: options.Thinking = "template",
     layer: options.Layer = None,
     position: options.Position = None,
     strength: options.Strength = 1.0,
@@ -43,6 +44,8 @@ def run(
     no_undo: options.NoUndo = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    memory: options.Memory = None,
+    no_generate: options.NoGenerate = False,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the comparison before and after.")] = False,
@@ -67,10 +70,12 @@ def run(
         record = run_pipeline(
             model or model_option or "", output, resume=resume, steps=steps,
             harmful=harmful, harmless=harmless, limit=limit, seed=seed, system_prompt=system_prompt,
-            chat_template=str(chat_template) if chat_template else None, layer=layer, position=position,
+            chat_template=str(chat_template) if chat_template else None, thinking=thinking,
+            layer=layer, position=position,
             strength=strength, max_kl=max_kl, embeddings=embeddings, keep_norms=keep_norms, format=output_format,
             undo=not no_undo,
-            device=device, dtype=dtype, batch_size=batch_size, max_new_tokens=max_new_tokens,
+            device=device, dtype=dtype, memory=memory, generate=not no_generate,
+            batch_size=batch_size, max_new_tokens=max_new_tokens,
             evaluate=not no_eval, force=force,
         )  # fmt: skip
     if as_json:

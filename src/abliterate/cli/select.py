@@ -29,6 +29,7 @@ def select(
     embeddings: options.Embeddings = "edit",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    memory: options.Memory = None,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
     as_json: options.Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def select(
     with console.progress_bars() as steps:
         found = select_verb(
             model, activations, output, steps=steps, layer=layer, position=position, strength=strength,
-            max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype, batch_size=batch_size,
+            max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype, memory=memory, batch_size=batch_size,
         )  # fmt: skip
     if as_json:
         console.print_json(found.where)

@@ -6,7 +6,7 @@ Owns the causal test and its rounds; never sees the prompts that the means came 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +18,11 @@ import torch
 from abliterate.direction.direction import Direction
 from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
-from abliterate.model.batches import pad_left
+from abliterate.model.batches import Batch, opening_of, pad_left
 from abliterate.model.hooks import ablate, add_vectors
 from abliterate.model.load import ChatModel
-from abliterate.model.prefix import run_prefix, shared_length
 from abliterate.model.progress import Progress, Steps, no_steps, silent
-from abliterate.model.run import first_token_log_probs, kl_divergence, next_token_log_probs
+from abliterate.model.run import first_token_log_probs, forward, kl_divergence, log_probs
 from abliterate.model.sites import WriterSite
 
 #: Rounds before the finalists meet all prompts: prompts of each kind used by then, candidates that stay.
@@ -215,20 +214,27 @@ def _figures(
     model, found = trial.model, np.zeros((len(directions), len(rows)))
     if not rows:
         return found
-    opening, longest = rows[0][: shared_length(rows)], max(map(len, rows))
     by_length = sorted(range(len(rows)), key=lambda p: len(rows[p]))
-    for start in range(0, len(directions), trial.batch_size):
-        block = directions[start : start + trial.batch_size]
-        with change(block):
-            prefix = run_prefix(model, opening, longest, len(block))
-        at_once = max(1, trial.batch_size // len(block))
-        for i in range(0, len(rows), at_once):
-            prompts = by_length[i : i + at_once]
-            batch = pad_left(model, [rows[p] for _ in block for p in prompts], prefix=prefix)
-            with change([d for d in block for _ in prompts]):
-                figures = measure(next_token_log_probs(model, batch), prompts * len(block))
-            found[start : start + len(block), prompts] = figures.double().cpu().numpy().reshape(len(block), -1)
-            progress(len(batch.indices))
+
+    def todo() -> Iterator[Batch]:
+        """Batches whose indices are places in `found`, counted row by row."""
+        for start in range(0, len(directions), trial.batch_size):
+            block = range(start, min(len(directions), start + trial.batch_size))
+            opening = opening_of(model, rows, copies=len(block))
+            if opening is not None:
+                opening = opening._replace(indices=[d * len(rows) for d in block])
+            at_once = max(1, trial.batch_size // len(block))
+            for i in range(0, len(rows), at_once):
+                prompts = by_length[i : i + at_once]
+                places = [d * len(rows) + p for d in block for p in prompts]
+                yield pad_left(model, [rows[p] for _ in block for p in prompts], places, opening)
+
+    def changed(batch: Batch) -> AbstractContextManager[None]:
+        return change([directions[place // len(rows)] for place in batch.indices])
+
+    for batch, logits in forward(model, todo(), tokens=1, change=changed, progress=progress):
+        figures = measure(log_probs(logits[:, -1]), [place % len(rows) for place in batch.indices])
+        found.flat[batch.indices] = figures.double().cpu().numpy()
     return found
 
 

@@ -17,12 +17,8 @@ _SHARE = 0.03
 _RATIO = 3.0
 
 
-def refusal_tokens(declined: list[int], answered: list[int]) -> list[int]:
-    """The first tokens typical of refusals, from the first tokens of completions that declined and that answered.
-
-    Raises:
-        NoRefusalError: refusals and answers open with the same tokens.
-    """
+def opening_tokens(declined: list[int], answered: list[int]) -> list[int]:
+    """The first tokens that open many completions of one list, and far fewer of the other; perhaps none."""
     refusals, answers = Counter(declined), Counter(answered)
     found = []
     for token, count in refusals.items():
@@ -30,6 +26,17 @@ def refusal_tokens(declined: list[int], answered: list[int]) -> list[int]:
         # One pseudo-count keeps a token that no answer began with from an infinite ratio.
         if share >= _SHARE and share >= _RATIO * (answers[token] + 0.5) / (len(answered) + 1):
             found.append(token)
+    return sorted(found)
+
+
+def refusal_tokens(declined: list[int], answered: list[int]) -> list[int]:
+    """The first tokens typical of refusals, from the first tokens of completions that declined and that answered.
+
+    Raises:
+        NoRefusalError: refusals and answers open with the same tokens.
+    """
+    found = opening_tokens(declined, answered)
+    refusals, answers = Counter(declined), Counter(answered)
     if not found and refusals:
         token, count = refusals.most_common(1)[0]
         if count / len(declined) > answers[token] / max(1, len(answered)):

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from abliterate.evaluate.intervals import Interval, bootstrap
-from abliterate.model.batches import batches
+from abliterate.model.batches import Batch, batches
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
-from abliterate.model.run import kl_divergence, last_token_log_probs
+from abliterate.model.run import forward, kl_divergence, log_probs
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -63,13 +63,12 @@ def divergence(
     out = np.zeros((len(rows), 5))
     # The logits of a whole vocabulary at every answer token are the largest thing here: keep batches small.
     size, keep = max(1, batch_size // 8), width + 1
-    pairs = zip(batches(base, rows, size, keep), batches(other, rows, size, keep), strict=True)
-    for first, second in pairs:
-        p = last_token_log_probs(base, first, width)
-        q = last_token_log_probs(other, second, width).to(p.device)
+    base_passes = forward(base, batches(base, rows, size, keep), tokens=keep, progress=progress)
+    other_passes = forward(other, batches(other, rows, size, keep), tokens=keep, progress=progress)
+    for (first, logits), (_, others) in zip(base_passes, other_passes, strict=True):
+        p, q = log_probs(logits), log_probs(others).to(logits.device)
         for row, (index, figures) in enumerate(zip(first.indices, kl_divergence(p, q), strict=True)):
             out[index] = _figures(p[row], q[row], figures, continuations[index])
-        progress(len(first.indices))
     return Divergence(*(out[:, k].copy() for k in range(5)))
 
 
@@ -90,7 +89,6 @@ def quantiles(values: Float64Array) -> str:
     return f"median {median:.3g}, p95 {p95:.3g}"
 
 
-@torch.inference_mode()
 def leak(
     model: ChatModel, rows: list[list[int]], direction: torch.Tensor, n_positions: int, batch_size: int
 ) -> Float64Array:
@@ -98,18 +96,15 @@ def leak(
 
     Zero where nothing writes along `r̂` (`[d_model]`, or `[k, d_model]`); √(k/d_model) is what random ones show.
     """
-    from abliterate.model.hooks import record_resid_post
-
     unit = torch.atleast_2d(direction).to(model.device, torch.float32).T
-    out = np.zeros(len(rows))
-    for batch in batches(model, rows, batch_size, keep=n_positions):
-        shares: list[torch.Tensor] = []
+    total = np.zeros(len(rows))
 
-        def fold(_layer: int, hidden: torch.Tensor, shares: list[torch.Tensor] = shares) -> None:
-            wanted = hidden[:, -n_positions:].float()
-            shares.append(((wanted @ unit).norm(dim=-1) / wanted.norm(dim=-1)) ** 2)
+    def fold(batch: Batch, _layer: int, hidden: torch.Tensor) -> None:
+        wanted = hidden[:, -n_positions:].float()
+        shares = ((wanted @ unit).norm(dim=-1) / wanted.norm(dim=-1)) ** 2
+        total[batch.indices] += shares.mean(-1).double().cpu().numpy()
 
-        with record_resid_post(model, fold):
-            model.model.base_model(**batch.inputs)
-        out[batch.indices] = torch.stack(shares).mean((0, 2)).sqrt().double().cpu().numpy()
-    return out
+    for _ in forward(model, batches(model, rows, batch_size, keep=n_positions), on_block=fold):
+        pass
+    share: Float64Array = np.sqrt(total / model.n_layers)
+    return share

@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
 from abliterate.evaluate.divergence import Divergence, divergence, leak, quantiles
 from abliterate.evaluate.intervals import Interval, bootstrap, mean
 from abliterate.evaluate.refusals import Answers, ask, method
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps
+from abliterate.model.run import first_token_log_probs, kl_divergence
 from abliterate.prompts import PromptSet
 
 #: Prompts on which leak is measured: it hardly differs from one to the next.
@@ -93,13 +95,7 @@ def evaluate_pair(
     Raises:
         VerifyError: the base answers no harmless prompt, or the two models differ in vocabulary or width.
     """
-    if base.chat.tokenizer.get_vocab() != edited.chat.tokenizer.get_vocab():
-        raise VerifyError("base and edited model have different vocabularies: their distributions cannot be compared")
-    if direction is not None and not direction.shape[-1] == base.d_model == edited.d_model:
-        raise VerifyError(
-            f"base and edited model have streams of width {base.d_model} and {edited.d_model}, the direction that was "
-            f"removed has {direction.shape[-1]}: one is no edit of the other; give the edited model's own base"
-        )
+    _require_alike(base, edited, direction)
     base_harmful, base_harmless = _ask_both(base, questions, "base ", progress)
     harmful, harmless = _ask_both(edited, questions, "edited ", progress)
     metrics = [
@@ -114,6 +110,56 @@ def evaluate_pair(
         "edited": {"harmful": harmful.counts, "harmless": harmless.counts},
     }
     return Evaluation(tuple(metrics), verdicts)
+
+
+def evaluate_first_tokens(
+    base: ChatModel,
+    edited: ChatModel,
+    questions: Questions,
+    tokens: list[int],
+    progress: Steps,
+    direction: npt.NDArray[np.float32] | None = None,
+) -> Evaluation:
+    """What the first answer token alone tells, one pass of each model: refusal scores and KL; `leak` as ever.
+
+    KL is taken on the harmless prompts whose likeliest first token does not open a refusal of the base (`tokens`).
+    """
+    _require_alike(base, edited, direction)
+    sets = (questions.harmful, questions.harmless)
+    rows = base.chat.encode([*questions.harmful.prompts, *questions.harmless.prompts])
+    step, n = progress("first tokens", 2 * len(rows)), len(questions.harmful)
+    p, q = (first_token_log_probs(m, rows, questions.batch_size, step) for m in (base, edited))
+    metrics = []
+    if tokens:
+        scores = [refusal_score(x, tokens).double().cpu().numpy() for x in (p, q)]
+        for name, prompts, part in zip(("harmful", "harmless"), sets, (slice(n), slice(n, None)), strict=True):
+            before, after = (bootstrap(x[part], mean) for x in scores)
+            how = f"mean log-odds that the first answer token opens a refusal, {name} prompts; bootstrap 95%"
+            called = "refusal_score" if name == "harmful" else "refusal_score_harmless"
+            metrics.append(_metric(called, prompts.name, before, after, len(prompts), how))
+    kept = [i for i, t in enumerate(p[n:].argmax(-1).tolist()) if t not in tokens]
+    if not kept:
+        raise VerifyError(
+            "the base opens every harmless prompt like a refusal, so there is nothing to measure the cost on; give "
+            "others with --harmless, or do without the comparison (--no-eval)"
+        )
+    kl = kl_divergence(p[n:][kept], q[n:][kept]).double().cpu().numpy()
+    how = f"mean KL(base‖edited), nats, first answer token; {quantiles(kl)}; bootstrap 95%"
+    name = f"{questions.harmless.name}, not opened like a refusal by the base"
+    metrics.append(_metric("kl_first_token", name, None, bootstrap(kl, mean), len(kept), how))
+    if direction is not None:
+        metrics.append(_leak(base, edited, questions, direction))
+    return Evaluation(tuple(metrics), {})
+
+
+def _require_alike(base: ChatModel, edited: ChatModel, direction: npt.NDArray[np.float32] | None) -> None:
+    if base.chat.tokenizer.get_vocab() != edited.chat.tokenizer.get_vocab():
+        raise VerifyError("base and edited model have different vocabularies: their distributions cannot be compared")
+    if direction is not None and not direction.shape[-1] == base.d_model == edited.d_model:
+        raise VerifyError(
+            f"base and edited model have streams of width {base.d_model} and {edited.d_model}, the direction that was "
+            f"removed has {direction.shape[-1]}: one is no edit of the other; give the edited model's own base"
+        )
 
 
 def _ask_both(model: ChatModel, questions: Questions, label: str, progress: Steps) -> tuple[Answers, Answers]:
@@ -145,7 +191,7 @@ def _cost(
         )
     rows = base.chat.encode([questions.harmless.prompts[i] for i in kept])
     continuations = [list(answers.ids[i][:CONTINUATION]) for i in kept]
-    step = progress("divergence", len(kept))
+    step = progress("divergence", 2 * len(kept))
     found: Divergence = divergence(base, edited, rows, continuations, questions.batch_size, step)
     name, n = f"{questions.harmless.name}, answered by the base", len(kept)
     return [

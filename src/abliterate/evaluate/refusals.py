@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from abliterate.evaluate.intervals import Interval, wilson
 from abliterate.evaluate.judge import METHOD, Label, judge
+from abliterate.model.generate import generate
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
-from abliterate.model.run import generate
 from abliterate.prompts import PromptSet
 
 

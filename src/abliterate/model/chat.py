@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
@@ -16,16 +16,25 @@ from abliterate.errors import UnsupportedError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Thinking = Literal["template", "on", "off"]
+_OTHER: dict[Thinking, Thinking] = {"on": "off", "off": "on"}
+#: What templates call the switch: Qwen 3, SmolLM 3 and GLM the first, DeepSeek and Granite the second.
+_SWITCHES = ("enable_thinking", "thinking")
+
 #: Requests without a common ending: what their renderings end with in common is the template's own.
 _PROBES = ("One", "is it two?", "number 3.", "(four)")
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a request becomes token ids: one user turn, an optional system turn, the opening of the answer."""
+    """How a request becomes token ids: one user turn, an optional system turn, the opening of the answer.
+
+    `thinking` "on" or "off" sets the template's own switch, "template" leaves it.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
+    thinking: Thinking = "template"
 
     def render(self, prompt: str) -> str:
         """The text of a chat in which the model is about to answer `prompt`.
@@ -37,15 +46,24 @@ class ChatFormat:
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._rendered(messages, self.thinking)
+            if self.thinking != "template" and text == self._rendered(messages, _OTHER[self.thinking]):
+                raise UnsupportedError(
+                    f"--thinking {self.thinking}: the chat template of {self.name} has no such switch; drop it"
+                )
         except jinja2.TemplateError as error:
             hint = "; it may know no system role: drop --system-prompt" if self.system_prompt is not None else ""
             raise UnsupportedError(
                 f"{self.name}: the chat template cannot be rendered ({error}){hint}; --chat-template FILE gives another"
             ) from None
-        assert isinstance(text, str)
         if self.system_prompt is not None and self.system_prompt.strip() not in text:
             raise UnsupportedError(f"{self.name}: the chat template ignores the system prompt; drop --system-prompt")
+        return text
+
+    def _rendered(self, messages: list[dict[str, str]], thinking: Thinking) -> str:
+        switches: dict[str, Any] = {} if thinking == "template" else dict.fromkeys(_SWITCHES, thinking == "on")
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
+        assert isinstance(text, str)
         return text
 
     @property

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,21 +50,7 @@ def ablate(
     unit = torch.atleast_2d(directions).to(model.device, torch.float32)
     with ExitStack() as stack:
         for site in sites:
-            module, gain = site_modules(model, site)
-            behind = unit * gain if gain is not None else unit
-            behind = behind - behind.mean(-1, keepdim=True) if site.centred else behind
-            d = nn.functional.normalize(behind, dim=-1)[:, None, :]
-
-            def project(output: Any, d: torch.Tensor = d, flat: bool = site.layer is not None) -> Any:
-                y = hidden_states(output)
-                # Mixtures of experts write [rows x tokens, d_model]: a view by rows gives each its own direction.
-                # Outside the blocks two axes are [tokens, d_model], the same for all rows.
-                flat = flat and y.ndim == 2
-                wide = (y.reshape(len(d), -1, y.shape[-1]) if flat else y).float()
-                left = (wide - (strength * (wide * d).sum(-1, keepdim=True)) * d).to(y.dtype)
-                left = left.reshape(y.shape) if flat else left
-                return (left, *output[1:]) if isinstance(output, tuple) else left
-
+            module, project = _module(model, site), _Projection(model, site, unit, strength)
             if site.module == "head":  # (W − s·W r̂ r̂ᵀ) h = W (h − s·r̂ r̂ᵀ h): the head's own input loses it
                 hook = module.register_forward_pre_hook(lambda _m, args, p=project: (p(args[0]), *args[1:]))
             else:
@@ -89,16 +77,49 @@ def add_vectors(model: ChatModel, layers: Sequence[int], vectors: torch.Tensor) 
         yield
 
 
-def site_modules(model: ChatModel, site: WriterSite) -> tuple[nn.Module, torch.Tensor | None]:
-    """A site's module, and the float32 gain `[d_model]` between its output and the stream, if there is one."""
-    root: nn.Module = model.model if site.layer is None else model.blocks[site.layer]
+@dataclass(frozen=True)
+class _Projection:
+    """Takes a direction `[rows or 1, d_model]` out of what a site writes."""
+
+    model: ChatModel
+    site: WriterSite
+    unit: torch.Tensor
+    strength: float
+
+    def __call__(self, output: Any) -> Any:
+        y, d = hidden_states(output), self._removed
+        # Mixtures of experts write [rows x tokens, d_model]: a view by rows gives each its own direction.
+        # Outside the blocks two axes are [tokens, d_model], the same for all rows.
+        flat = self.site.layer is not None and y.ndim == 2
+        wide = (y.reshape(len(d), -1, y.shape[-1]) if flat else y).float()
+        left = (wide - (self.strength * (wide * d).sum(-1, keepdim=True)) * d).to(y.dtype)
+        left = left.reshape(y.shape) if flat else left
+        return (left, *output[1:]) if isinstance(output, tuple) else left
+
+    @cached_property
+    def _removed(self) -> torch.Tensor:
+        """`d` `[rows or 1, 1, d_model]`; found when the site first writes, as its gain may not be loaded before."""
+        behind = self.unit
+        if self.site.gain is not None:
+            behind = behind * (
+                _root(self.model, self.site).get_parameter(self.site.gain).float() + self.site.gain_offset
+            )
+        behind = behind - behind.mean(-1, keepdim=True) if self.site.centred else behind
+        return nn.functional.normalize(behind, dim=-1)[:, None, :]
+
+
+def _root(model: ChatModel, site: WriterSite) -> nn.Module:
+    return model.model if site.layer is None else model.blocks[site.layer]
+
+
+def _module(model: ChatModel, site: WriterSite) -> nn.Module:
+    """Where a site writes."""
     if site.module == "head":
-        module = model.model.get_output_embeddings()
-    elif site.module == "embed":
-        module = model.model.get_input_embeddings()
-    else:
-        module = root.get_submodule(site.module)
-    return module, None if site.gain is None else root.get_parameter(site.gain).float() + site.gain_offset
+        head: nn.Module = model.model.get_output_embeddings()
+        return head
+    return (
+        model.model.get_input_embeddings() if site.module == "embed" else _root(model, site).get_submodule(site.module)
+    )
 
 
 def hidden_states(output: Any) -> torch.Tensor:

@@ -5,17 +5,14 @@ Owns the loaded model and the machine's memory; never knows prompts, refusals or
 
 from __future__ import annotations
 
-import resource
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -26,31 +23,58 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
-from abliterate.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
-from abliterate.model.chat import ChatFormat, load_tokenizer
+from abliterate.checkpoint import open_checkpoint
+from abliterate.errors import CheckpointError, UnsupportedError, UsageError
+from abliterate.model.chat import ChatFormat, Thinking, load_tokenizer
+from abliterate.model.weights import BlockWeights, Weights, block_list, build_without_weights, without_bars
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+#: Of the memory that a run block by block may take, one in so many bytes holds streams, or keys and values.
+_STREAMS = 8
+
+
+class StopForward(Exception):
+    """Raised to leave a forward pass early."""
+
+
 @dataclass(frozen=True)
 class ChatModel:
-    """A model that is loaded, in evaluation mode, with the format its chats take."""
+    """A model in evaluation mode, with the format its chats take; with `weights` it is read block by block."""
 
     model: PreTrainedModel
     chat: ChatFormat
+    weights: Weights | None = None
+
+    @cached_property
+    def block_list(self) -> nn.ModuleList:
+        """The transformer blocks in order; block `l` writes `resid_post[l]`."""
+        return block_list(self.model)[1]
 
     @cached_property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks in order; block `l` writes `resid_post[l]`."""
-        n_layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        # The decoder first: an image encoder beside it may have as many blocks.
-        for root in (self.model.get_decoder(), self.model):
-            for module in root.modules():
-                if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-                    return list(module)
-        raise UnsupportedError(f"{type(self.model).__name__}: no list of {n_layers} blocks found in the model")
+        """The same, whatever stands in for them in the model."""
+        return list(self.block_list)
+
+    @cached_property
+    def block_returns(self) -> Callable[[torch.Tensor], Any]:
+        """Puts a stream into what the model's blocks return: itself, or the first of a tuple."""
+        found = list[Any]()
+
+        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+            found.append(output)
+            raise StopForward
+
+        handle = self.blocks[0].register_forward_hook(stop)
+        ids = torch.tensor([[self.pad_id] * 2], device=self.device)
+        with self.weights.loaded(0) if self.weights is not None else nullcontext(), torch.inference_mode():
+            with suppress(StopForward):
+                self.model.base_model(input_ids=ids, use_cache=False)
+            handle.remove()
+        rest = tuple(found[0][1:]) if isinstance(found[0], tuple | list) else None
+        return lambda hidden: hidden if rest is None else (hidden, *rest)
 
     @property
     def n_layers(self) -> int:
@@ -90,11 +114,14 @@ def load_model(
     dtype: str | None = None,
     system_prompt: str | None = None,
     chat_template: Path | None = None,
+    thinking: Thinking = "template",
     adapter: Path | None = None,
+    memory: int | None = None,
 ) -> ChatModel:
     """The checkpoint in `folder`, ready to run on `device` in `dtype` (None: what suits the machine).
 
-    A LoRA `adapter` is merged into it, which takes PEFT.
+    A LoRA `adapter` is merged into it, which takes PEFT. Where it may take only `memory`
+    bytes, its blocks stay in their files until each is to run.
 
     Raises:
         UnsupportedError: transformers does not know the architecture, or there is no chat template.
@@ -103,23 +130,42 @@ def load_model(
     """
     tokenizer = load_tokenizer(folder, chat_template)
     where = pick_device(device)
+    chosen, weights = pick_dtype(dtype, where), None
     try:
-        with _without_bars():
-            loaded: Any = _auto_class(folder).from_pretrained(
-                folder, dtype=pick_dtype(dtype, where), output_loading_info=True
-            )
+        with without_bars():
+            if memory is not None:
+                model, weights = _in_blocks(folder, chosen, where, memory)
+            else:
+                model = _whole(folder, chosen)
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(f"{folder}: transformers cannot load this model ({str(error)[:200]})") from None
-    model: PreTrainedModel = loaded[0]
-    _require_whole(folder, loaded[1])
     if adapter is not None:
         model = _merged(model, adapter)
     # Only the stop tokens of the checkpoint's own generation settings are kept: a repetition penalty or a
     # temperature that a release ships would otherwise shape the answers that are judged.
     stop = model.generation_config.eos_token_id if model.generation_config else None
     model.generation_config = GenerationConfig(eos_token_id=stop)
-    nn.Module.to(model, where).eval().requires_grad_(False)
-    return ChatModel(model, ChatFormat(tokenizer, system_prompt))
+    if weights is None:
+        nn.Module.to(model, where)
+    model.eval().requires_grad_(False)
+    return ChatModel(model, ChatFormat(tokenizer, system_prompt, thinking), weights)
+
+
+def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    loaded: Any = _auto_class(folder).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    _require_whole(folder, loaded[1])
+    model: PreTrainedModel = loaded[0]
+    return model
+
+
+def _in_blocks(
+    folder: Path, dtype: torch.dtype, device: torch.device, memory: int
+) -> tuple[PreTrainedModel, BlockWeights]:
+    auto, config = _auto_class(folder), AutoConfig.from_pretrained(folder)
+    model = build_without_weights(auto, config, dtype)
+    with suppress(OSError):  # most checkpoints have settings for generation, whose stop tokens are wanted
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, BlockWeights(open_checkpoint(folder), model, dtype, device, memory // _STREAMS)
 
 
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
@@ -131,18 +177,6 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         warnings.filterwarnings("ignore", message=".*tie.*")  # a tied head is meant to change with its embedding
         merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return merged
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep the library's own loading bar away: ours says what happens."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _auto_class(folder: Path) -> Any:
@@ -193,28 +227,3 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     # Emulated bfloat16 is several times slower than float32; oneDNN knows whether this processor has it.
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def require_memory(nbytes: int, device: torch.device) -> None:
-    """Check that `device` has room for `nbytes` of weights and activations.
-
-    Raises:
-        ResourceError: it has not.
-    """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        return
-    if free < nbytes:
-        raise ResourceError(
-            f"running this model needs about {nbytes / 1e9:.1f} GB of memory on {device.type}, {free / 1e9:.1f} GB are "
-            "free; close other programs, use --dtype bfloat16, or skip the comparison with --no-eval"
-        )
-
-
-def peak_memory() -> int:
-    """The most resident memory this process has had so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

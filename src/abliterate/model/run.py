@@ -1,29 +1,29 @@
-"""Run a loaded model: next-token and teacher-forced log-probabilities, greedy generation.
+"""Run a loaded model: forward passes over batches, and log-probabilities.
 
-Owns forward passes over lists of token rows; never knows what the rows ask or how the model was changed.
+Owns the one way in which everything else runs a model, whole in memory or block by block; never knows what the rows
+ask or how the model was changed.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import partial
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from abliterate.model.batches import Batch, batches
-from abliterate.model.load import ChatModel
+from abliterate.model.blockwise import Keeper, run_blockwise
+from abliterate.model.cache import new_cache, repeated
+from abliterate.model.hooks import record_resid_post
+from abliterate.model.load import ChatModel, StopForward
 from abliterate.model.progress import Progress, silent
 
-#: Tokens after which answers that have ended leave their batch: as many as a plain refusal has.
-_FIRST = 12
-
-
-class Completion(NamedTuple):
-    """A greedy answer: its `text`, its token `ids` (without the stop token), and whether it `ended` by itself."""
-
-    text: str
-    ids: list[int]
-    ended: bool
+#: Changes the running model while a batch (or an opening) runs.
+Change = Callable[[Batch], AbstractContextManager[None]]
+#: Is given a batch, a layer and `resid_post[layer]` `[rows, tokens, d_model]` of the batch's own tokens.
+OnBlock = Callable[[Batch, int, torch.Tensor], None]
 
 
 def log_probs(logits: torch.Tensor) -> torch.Tensor:
@@ -36,72 +36,111 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-@torch.inference_mode()
-def next_token_log_probs(model: ChatModel, batch: Batch) -> torch.Tensor:
-    """`[rows, d_vocab]` log-probabilities of the token after each row."""
-    return log_probs(model.model(**batch.inputs, logits_to_keep=1).logits[:, -1])
+def unchanged(_batch: Batch) -> AbstractContextManager[None]:
+    """The model as it is."""
+    return nullcontext()
 
 
-def first_token_log_probs(model: ChatModel, rows: list[list[int]], batch_size: int) -> torch.Tensor:
+def forward(
+    model: ChatModel,
+    todo: Iterable[Batch],
+    *,
+    tokens: int = 0,
+    change: Change = unchanged,
+    on_block: OnBlock | None = None,
+    n_blocks: int | None = None,
+    progress: Progress = silent,
+    keeper: Keeper | None = None,
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Run batches, and yield each with the logits `[rows, tokens, d_vocab]` of what follows its last `tokens` tokens.
+
+    A model in memory runs batch by batch, one that is read from its files block by block: then the first result comes
+    when all blocks have run, the head being applied batch by batch.
+
+    Args:
+        model: what runs.
+        todo: in the order of the results; an opening is run once for successive batches that share it.
+        tokens: 0 leaves out the head.
+        change: entered around all that is computed for a batch, and for an opening.
+        on_block: called after every block.
+        n_blocks: how many of the first blocks run (with `tokens` 0).
+        progress: called with the number of rows done.
+        keeper: what a run block by block leaves after each of them, and goes on from.
+    """
+    if model.weights is not None:
+        yield from run_blockwise(model, todo, tokens, change, on_block, n_blocks, progress, keeper)
+    else:
+        yield from _run_whole(model, todo, tokens, change, on_block, n_blocks, progress)
+
+
+def _run_whole(
+    model: ChatModel,
+    todo: Iterable[Batch],
+    tokens: int,
+    change: Change,
+    on_block: OnBlock | None,
+    n_blocks: int | None,
+    progress: Progress,
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    opening, kept = None, None
+    for batch in todo:
+        if batch.opening is not opening:
+            opening = batch.opening
+            kept = open_cache(model, opening, change) if opening is not None else None
+        past = _past(batch, kept)
+        with torch.inference_mode(), ExitStack() as stack:
+            stack.enter_context(change(batch))
+            if on_block is not None:
+                stack.enter_context(record_resid_post(model, partial(on_block, batch)))
+            if tokens:
+                logits = model.model(**batch.inputs(past), logits_to_keep=tokens).logits
+            else:
+                logits = torch.empty(0)
+                _run_first(model, batch, past, n_blocks)
+        progress(len(batch.indices))
+        yield batch, logits
+
+
+def _past(batch: Batch, opened: DynamicCache | None) -> DynamicCache | None:
+    """The keys and values before a batch: its own cache where it has one, filled with those of its opening."""
+    if opened is None or batch.opening is None:
+        return batch.past
+    filled = repeated(opened, len(batch.indices) // len(batch.opening.indices))
+    if batch.past is not None:
+        batch.past.layers = filled.layers
+        return batch.past
+    return filled
+
+
+def _run_first(model: ChatModel, batch: Batch, past: DynamicCache | None, n_blocks: int | None) -> None:
+    """The first blocks alone."""
+
+    def stop(*_: object) -> None:
+        raise StopForward
+
+    stops = n_blocks is not None and n_blocks < model.n_layers
+    handle = model.blocks[n_blocks or 0].register_forward_pre_hook(stop) if stops else None
+    with suppress(StopForward):
+        model.model.base_model(**batch.inputs(past))
+    if handle is not None:
+        handle.remove()
+
+
+def open_cache(model: ChatModel, opening: Batch, change: Change = unchanged) -> DynamicCache:
+    """The keys and values of an opening."""
+    cache = new_cache(model)
+    with torch.inference_mode(), change(opening):
+        model.model.base_model(**opening.inputs(cache))
+    return cache
+
+
+def first_token_log_probs(
+    model: ChatModel, rows: list[list[int]], batch_size: int, progress: Progress = silent
+) -> torch.Tensor:
     """`[len(rows), d_vocab]` log-probabilities of the token after each row."""
     found = {
         i: p
-        for b in batches(model, rows, batch_size)
-        for i, p in zip(b.indices, next_token_log_probs(model, b), strict=True)
+        for batch, logits in forward(model, batches(model, rows, batch_size), tokens=1, progress=progress)
+        for i, p in zip(batch.indices, log_probs(logits[:, -1]), strict=True)
     }
     return torch.stack([found[i] for i in range(len(rows))])
-
-
-@torch.inference_mode()
-def last_token_log_probs(model: ChatModel, batch: Batch, tokens: int) -> torch.Tensor:
-    """`[rows, tokens + 1, d_vocab]` log-probabilities of what follows each of the last `tokens + 1` positions."""
-    return log_probs(model.model(**batch.inputs, logits_to_keep=tokens + 1).logits)
-
-
-@torch.inference_mode()
-def generate(
-    model: ChatModel,
-    rows: list[list[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    progress: Progress = silent,
-) -> list[Completion]:
-    """Greedy completions in the order of the rows, free of the checkpoint's own sampling settings."""
-    done: dict[int, Completion] = {}
-    for batch in batches(model, rows, batch_size, more=max_new_tokens):
-        opening = torch.tensor(rows[0][: batch.shared], dtype=torch.long, device=model.device)
-        whole = torch.cat([opening.expand(len(batch.indices), -1), batch.input_ids], 1)
-        made = _continue(model, whole, batch.attention_mask, batch.past, max_new_tokens)
-        done |= {index: _completion(model, ids) for index, ids in zip(batch.indices, made, strict=True)}
-        progress(len(batch.indices))
-    return [done[i] for i in range(len(rows))]
-
-
-def _continue(
-    model: ChatModel, whole: torch.Tensor, mask: torch.Tensor, past: DynamicCache | None, budget: int
-) -> list[list[int]]:
-    """At most `budget` greedy tokens behind each row of `whole`; rows that ended drop out after the first few."""
-    first = budget if past is None else min(_FIRST, budget)
-    config = GenerationConfig(
-        max_new_tokens=first, do_sample=False, eos_token_id=model.stop_ids, pad_token_id=model.pad_id
-    )
-    longer: torch.Tensor = model.model.generate(  # type: ignore[operator]
-        whole, attention_mask=mask, past_key_values=past, generation_config=config
-    )
-    made: list[list[int]] = longer[:, whole.shape[1] :].tolist()
-    going = [i for i, ids in enumerate(made) if not set(ids) & set(model.stop_ids)]
-    if past is None or budget == first or not going:
-        return made
-    past.batch_select_indices(torch.tensor(going, device=model.device))
-    mask = torch.cat([mask, mask.new_ones(len(mask), first)], 1)[going]
-    for i, more in zip(going, _continue(model, longer[going], mask, past, budget - first), strict=True):
-        made[i] += more
-    return made
-
-
-def _completion(model: ChatModel, ids: list[int]) -> Completion:
-    stop = next((i for i, token in enumerate(ids) if token in model.stop_ids), None)
-    ids = ids if stop is None else ids[:stop]
-    text = model.chat.tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return Completion(text, ids, stop is not None)

@@ -55,10 +55,15 @@ Use it for research, with safeguards of your own.
 {% if table %}
 {{ table }}
 
+{% if broken %}
 Broken answers (neither refusal nor answer): {{ broken }}.
 
 95% intervals. Test prompts were used neither to find nor to choose the direction; refusals are judged by a rule
 judge on {{ r.resolved.max_new_tokens }} greedy tokens, KL and perplexity on harmless prompts that the base answers.
+{% else %}
+95% intervals. Test prompts were used neither to find nor to choose the direction. No answers were written: the refusal
+score is the log-odds that the first token opens a refusal.
+{% endif %}
 {% else %}
 Nothing was measured on this checkpoint (`--no-eval`).
 {% endif %}

@@ -7,6 +7,8 @@ from typing import Any
 LABELS = {
     "refusal_rate": "refusals",
     "false_refusal_rate": "false refusals",
+    "refusal_score": "refusal score",
+    "refusal_score_harmless": "the same, harmless",
     "kl_first_token": "KL, first token",
     "kl_continuation": "KL, along answer",
     "perplexity": "perplexity",
@@ -57,6 +59,7 @@ def broken(verdicts: dict[str, Any]) -> str:
 def retained(metric: dict[str, Any]) -> str:
     """How much of the base's figure is left: edited over base; for perplexity base over edited."""
     base, edited = metric["base"], metric["edited"]
-    if base is None or edited is None or (metric["name"] != "perplexity" and not base):
+    odds = metric["name"].startswith("refusal_score")
+    if base is None or edited is None or odds or (metric["name"] != "perplexity" and not base):
         return "–"
     return f"{base / edited:.1%}" if metric["name"] == "perplexity" else f"{edited / base:.1%}"

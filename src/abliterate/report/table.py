@@ -13,6 +13,7 @@ from abliterate.report.record import RunRecord
 
 _NOTES = {
     "refusal_rate": "Refusals: share of harmful prompts declined; false refusals: of harmless ones.",
+    "refusal_score": "Refusal score: log-odds that the first token opens a refusal; no answers were written.",
     "perplexity": "KL (nats) and perplexity: on the base's own harmless answers.",
     "leak": "Leak: share of the residual stream along the direction.",
 }
@@ -20,7 +21,7 @@ _NOTES = {
 
 def print_metrics(console: Console, metrics: list[dict[str, Any]], verdicts: dict[str, Any]) -> None:
     """The table of figures: before and after, or of one model alone."""
-    alone = all(m["base"] is None for m in metrics if m["name"] == "refusal_rate")
+    alone = all(m["base"] is None for m in metrics)
     shown = [i for i, c in enumerate(COLUMNS) if not (alone and c in ("base", "retained"))]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in (COLUMNS[i] for i in shown):
@@ -31,7 +32,8 @@ def print_metrics(console: Console, metrics: list[dict[str, Any]], verdicts: dic
     console.print(table)
     notes = [note for name, note in _NOTES.items() if any(m["name"] == name for m in metrics)]
     intervals = "95% intervals, on test prompts nothing was fitted or chosen on."
-    console.print(f"broken answers (neither refusal nor answer): {broken(verdicts)}", highlight=False)
+    if verdicts:
+        console.print(f"broken answers (neither refusal nor answer): {broken(verdicts)}", highlight=False)
     console.print(" ".join([intervals, *notes]), style="dim")
 
 

@@ -1,0 +1,51 @@
+"""What a model remembers of tokens it has read: keys and values, kept once for all rows that share them.
+
+Owns transformers' caches and when they can be shared; never knows what the rows ask.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from abliterate.model.load import ChatModel
+
+
+def new_cache(model: ChatModel) -> DynamicCache:
+    """An empty cache of the model's own kinds of layers."""
+    return DynamicCache(config=model.model.config)
+
+
+def remembers_all(model: ChatModel, longest: int) -> bool:
+    """Whether the model remembers keys and values of every token of rows of at most `longest`, and nothing else."""
+    if getattr(model.model, "_is_stateful", False):
+        return False
+    return all(_plain(layer, longest) for layer in new_cache(model).layers)
+
+
+def _plain(layer: object, longest: int) -> bool:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > longest
+    return type(layer) is DynamicLayer
+
+
+def repeated(cache: DynamicCache, times: int) -> DynamicCache:
+    """A copy that a pass may extend, each row `times` times."""
+    found = copy.deepcopy(cache)
+    if times != 1:
+        found.batch_repeat_interleave(times)
+    return found
+
+
+def blank(model: ChatModel, rows: int, length: int) -> DynamicCache:
+    """A cache that looks as if it held `length` tokens of `rows` rows: enough to build masks and positions from."""
+    cache = new_cache(model)
+    nothing = torch.zeros(1, device=model.device).expand(rows, 1, length, 1)
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.update(nothing, nothing)
+    return cache

@@ -1,0 +1,138 @@
+"""A model read block by block computes what it computes whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from abliterate.activations.collect import collect, collect_sets
+from abliterate.activations.unfinished import Unfinished
+from abliterate.checkpoint.codecs import Raw
+from abliterate.model import blockwise
+from abliterate.model.batches import Batch, batches
+from abliterate.model.generate import generate
+from abliterate.model.hooks import ablate, add_vectors
+from abliterate.model.load import ChatModel, load_model
+from abliterate.model.run import first_token_log_probs, forward
+from abliterate.model.sites import WriterSite
+from abliterate.prompts import PromptSet
+from tests.tiny import FAMILIES
+
+Tiny = Callable[..., Path]
+PROMPTS = PromptSet("five", ("Hi", "How are you?", "Name a river.", "a", "Tell me more about it, please"), ("",) * 5)
+
+
+def both(folder: Path, system_prompt: str | None = "You are brief, and kind.") -> tuple[ChatModel, ChatModel]:
+    whole, blocks = (
+        load_model(folder, device="cpu", dtype="float32", system_prompt=system_prompt, memory=memory)
+        for memory in (None, 1 << 30)
+    )
+    return whole, blocks
+
+
+def meta(model: ChatModel) -> set[str]:
+    return {name for name, p in model.model.named_parameters() if p.is_meta}
+
+
+@pytest.mark.parametrize("system_prompt", [None, "You are brief, and kind."])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_by_block_equals_whole(family: str, system_prompt: str | None, tiny: Tiny) -> None:
+    whole, blocks = both(tiny(family), system_prompt)
+    assert len(meta(blocks)) >= 4 * whole.n_layers
+    first, second = (collect(m, PROMPTS, 2) for m in (whole, blocks))
+    assert np.allclose(first.mean, second.mean, atol=1e-5) and np.allclose(first.m2, second.m2, atol=1e-4)
+    rows = whole.chat.encode(PROMPTS.prompts)
+    assert torch.allclose(*(first_token_log_probs(m, rows, 2) for m in (whole, blocks)), atol=1e-5)
+    assert generate(whole, rows, 6, 3) == generate(blocks, rows, 6, 3)
+    assert len(meta(blocks)) >= 4 * whole.n_layers
+    fewer = collect(blocks, PROMPTS, 2, n_layers=1)
+    assert np.allclose(fewer.mean, first.mean[:1], atol=1e-5) and len(fewer.mean) == 1
+    assert np.array_equal(collect(whole, PROMPTS, 2, n_layers=1).mean, first.mean[:1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changes_to_the_model_reach_it_block_by_block(family: str, tiny: Tiny) -> None:
+    whole, blocks = both(tiny(family))
+    rows = whole.chat.encode(PROMPTS.prompts)
+    many = torch.randn(5, whole.d_model, generator=torch.manual_seed(0))
+    gain = {"gemma2": "post_feedforward_layernorm.weight", "olmo2": "post_feedforward_layernorm.weight"}.get(family)
+    sites = [WriterSite(None, "embed"), *(WriterSite(layer, "mlp", gain) for layer in range(whole.n_layers))]
+
+    def logits(model: ChatModel, change: Callable[[Batch], AbstractContextManager[None]]) -> torch.Tensor:
+        found = torch.zeros(5, whole.model.config.get_text_config().vocab_size)
+        for batch, values in forward(model, batches(model, rows, 2), tokens=1, change=change):
+            found[batch.indices] = values[:, -1]
+        return found
+
+    changes: list[Callable[[ChatModel], Callable[[Batch], AbstractContextManager[None]]]] = [
+        lambda m: lambda _: ablate(m, sites, many[0]),
+        lambda m: lambda b: add_vectors(m, [1] * len(b.indices), many[b.indices]),
+    ]
+    plain = first_token_log_probs(whole, rows, 2)
+    for change in changes:
+        one, other = logits(whole, change(whole)), logits(blocks, change(blocks))
+        assert torch.allclose(one, other, atol=1e-4)
+        assert not torch.allclose(one.log_softmax(-1), plain, atol=1e-2)
+
+
+def test_sets_that_share_a_pass_have_the_statistics_of_passes_of_their_own(tiny: Tiny) -> None:
+    other = PromptSet("other", ("What now?", "Hi there", "Why?"), ("",) * 3)
+    for model in both(tiny("llama")):
+        for one, prompts in zip(collect_sets(model, [PROMPTS, other], 3), (PROMPTS, other), strict=True):
+            alone = collect(model, prompts, 2)
+            assert one.count == alone.count == len(prompts) and one.prompts == prompts.sha256
+            assert np.allclose(one.mean, alone.mean, atol=1e-5) and np.allclose(one.m2, alone.m2, atol=1e-4)
+
+
+class Stop(Exception):
+    """A run that is interrupted."""
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_statistics_go_on_from_the_last_finished_block(
+    after: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, blocks = both(tiny("llama"))
+    assert blocks.weights is not None
+    whole, file = collect(blocks, PROMPTS, 2), tmp_path / "unfinished"
+    keep, loaded = Unfinished.after, blocks.weights.loaded
+
+    def stop(self: Unfinished, layer: int, streams: list[Raw]) -> None:
+        keep(self, layer, streams)
+        if layer == after:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Unfinished, "after", stop)
+        collect(blocks, PROMPTS, 2, unfinished=file)
+    ran = []
+    monkeypatch.setattr(blocks.weights, "loaded", lambda layer, last=None: ran.append(layer) or loaded(layer, last))
+    again = collect(blocks, PROMPTS, 2, unfinished=file)
+    assert ran == list(range(after + 1, blocks.n_layers))
+    assert np.array_equal(again.mean, whole.mean) and np.array_equal(again.m2, whole.m2)
+    ran.clear()
+    other = PromptSet("other", PROMPTS.prompts[:3], ("",) * 3)
+    assert np.array_equal(collect(blocks, other, 2, unfinished=file).mean, collect(blocks, other, 2).mean)
+    assert ran == 2 * list(range(blocks.n_layers))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_streams_that_do_not_fit_lie_in_a_file(family: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, blocks = both(tiny(family))
+    rows = whole.chat.encode(PROMPTS.prompts)
+    assert blocks.weights is not None
+    blocks.weights.stream_memory = 1000
+    written, write = [], blockwise.write_all
+    monkeypatch.setattr(
+        blockwise, "write_all", lambda fd, data, *rest: written.append(len(data)) or write(fd, data, *rest)
+    )
+    assert torch.allclose(*(first_token_log_probs(m, rows, 2) for m in (whole, blocks)), atol=1e-5)
+    assert len(written) == (3 + 1) * (
+        blocks.n_layers + 1
+    )  # three batches and an opening, embedded and after each block
+    assert np.allclose(collect(whole, PROMPTS, 2).mean, collect(blocks, PROMPTS, 2).mean, atol=1e-5)
