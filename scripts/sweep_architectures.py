@@ -11,6 +11,7 @@ is the leak. A type is exact at 1e-5 or less; a leak above that which was not re
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,16 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from abliterate.architecture import kept
+from abliterate.architecture.blockwise import same_blockwise, why_not_blockwise
 from abliterate.architecture.learn import learn_config
 from abliterate.architecture.shrink import depth
 from abliterate.architecture.stream import find_stream
 from abliterate.architecture.twin import build_twin, random_ids, text_part
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.edit.apply import apply_edit
 from abliterate.edit.plan import plan_edit
 from abliterate.errors import AbliterateError
+from abliterate.model.weights import BlockWeights, build_without_weights
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 EXACT, SECONDS, MEMORY = 1e-5, 300, 9 << 30
@@ -120,12 +123,13 @@ class Result:
     writers: int = 0
     why: str = ""
     keep: dict[str, Any] | None = None
+    blockwise: str = "–"
 
     @property
     def row(self) -> str:
         """A line of the table."""
         leak = f"{self.before:.1e} → {self.after:.1e}" if self.before else "–"
-        return f"| `{self.kind}` | {self.status} | {self.writers or '–'} | {leak} | {self.why} |"
+        return f"| `{self.kind}` | {self.status} | {self.writers or '–'} | {leak} | {self.blockwise} | {self.why} |"
 
 
 def kinds() -> list[str]:
@@ -167,9 +171,10 @@ def sweep_one(kind: str, as_kept: bool) -> Result:
         r = (r / np.linalg.norm(r)).astype(np.float32)
         apply_edit(checkpoint, plan, r, out)
         before, after = (_share(type(twin), folder, r) for folder in (base, out))
-    status = "exact" if after <= EXACT and after < 1e-3 * before else "WRONG"
+        blocks = _blockwise(config, twin, base, checkpoint)
+    status = "exact" if after <= EXACT and after < 1e-3 * before and blocks != "WRONG" else "WRONG"
     keep = kept.entry(_plain(config), known) if known is not None and status == "exact" else None
-    return Result(kind, status, before, after, len(plan.writers), encoder, keep)
+    return Result(kind, status, before, after, len(plan.writers), encoder, keep, blocks)
 
 
 def _refused(config: PreTrainedConfig, kind: str, reason: str) -> Result:
@@ -203,6 +208,25 @@ def _count_layers(folder: Path, text: PreTrainedConfig) -> None:
     part = config.get("text_config", config)
     part.setdefault("num_hidden_layers", depth(text) or 0)
     file.write_text(json.dumps(config), encoding="utf-8")
+
+
+def _blockwise(config: PreTrainedConfig, twin: PreTrainedModel, folder: Path, checkpoint: Checkpoint) -> str:
+    """Whether the checkpoint runs block by block from its files: `yes`, `no`, or `WRONG` where the trial missed it."""
+    if why_not_blockwise(copy.deepcopy(config)) is not None:
+        return "no"
+    whole = type(twin).from_pretrained(folder, dtype=torch.float32).eval()
+    build = SimpleNamespace(from_config=type(twin)._from_config)
+    empty = build_without_weights(build, copy.deepcopy(whole.config), torch.float32).eval()
+    weights = BlockWeights(checkpoint, empty, torch.float32, torch.device("cpu"), 1 << 30)
+    return "yes" if same_blockwise(text_part(whole), _same_part(empty, whole), weights) else "WRONG"
+
+
+def _same_part(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that text runs through, as found in another of its class."""
+    path = next(name for name, module in other.named_modules() if module is text_part(other))
+    part = model.get_submodule(path)
+    assert isinstance(part, PreTrainedModel)
+    return part
 
 
 def _share(model_class: Any, folder: Path, r: np.ndarray[Any, Any]) -> float:
@@ -260,6 +284,7 @@ def page(results: list[Result]) -> str:
     other = [r.kind for r in results if r.status not in ("exact", APART) and r.why not in _OF_THE_MODEL]
     share = f"{exact} of {exact + len(other)} ({100 * exact / (exact + len(other)):.1f}%)"
     rows = "\n".join(r.row for r in results)
+    blockwise = sum(r.blockwise == "yes" for r in results)
     return (
         "# Architectures\n\n"
         f"Written by `uv run python scripts/sweep_architectures.py` with transformers {transformers.__version__}, "
@@ -273,7 +298,11 @@ def page(results: list[Result]) -> str:
         "plain transformers in float32 and run. The leak is the largest share of the direction in the stream at any\n"
         f"block, base → edited; exact means at most {EXACT:g}. *Not built*: no tiny model of the default\n"
         "configuration runs on text alone here, so nothing is known.\n\n"
-        f"| type | result | tensors edited | leak | why |\n| --- | --- | --- | --- | --- |\n{rows}\n"
+        f"Of the exact ones {blockwise} run *block by block*, as models larger than memory do: from the files, with\n"
+        "and without an opening that rows share, every stream and logit is that of a whole pass. The others run\n"
+        "whole only.\n\n"
+        "| type | result | tensors edited | leak | block by block | why |\n| --- | --- | --- | --- | --- | --- |\n"
+        f"{rows}\n"
     )
 
 
