@@ -1,6 +1,7 @@
 """Write a checkpoint of Llama-3.1-8B's shapes and a wanted size: the model's own width, as many layers as fit.
 
 uv run python bench/generate.py 4 FOLDER       about 4 GB in shards of at most 5 GB, random bfloat16 weights
+uv run python bench/generate.py 4 FOLDER --tokenizer      with a tokenizer and a chat template too, so that it runs
 """
 
 from __future__ import annotations
@@ -86,5 +87,36 @@ def _write(
             left -= len(piece)
 
 
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer learned from the built-in prompts, and a template with a system prompt, as chat models have them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from abliterate.prompts.load import builtin_splits
+
+    special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [p for kind in ("harmful", "harmless") for p in builtin_splits(kind).whole.prompts]  # type: ignore[arg-type]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=4000, special_tokens=special, initial_alphabet=alphabet)
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        additional_special_tokens=special[2:],
+    )  # fmt: skip
+    fast.chat_template = (
+        "{{ bos_token }}{% if messages[0]['role'] != 'system' %}<|system|>You are a helpful assistant.<|end|>"
+        "{% endif %}"
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    fast.save_pretrained(folder)
+
+
 if __name__ == "__main__":
     generate(float(sys.argv[1]), Path(sys.argv[2]))
+    if "--tokenizer" in sys.argv:
+        write_tokenizer(Path(sys.argv[2]))
