@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate
 from abliterate import steps
+from abliterate.activations.collect import collect
 from abliterate.evaluate.refusals import ask
+from abliterate.model.generate import generate
+from abliterate.model.load import load_model
 from abliterate.options import Options
 from abliterate.report.record import RunRecord
 
@@ -84,3 +87,22 @@ def test_the_demo_declines_harmful_requests_alone_and_none_after_the_edit(demo: 
     assert demo.value("false_refusal_rate", "base") <= 0.05
     assert demo.value("refusal_rate", "edited") <= 0.1
     assert demo.value("perplexity", "edited") <= 1.1 * demo.value("perplexity", "base")
+
+
+def test_qwen_gives_block_by_block_what_transformers_gives_whole() -> None:
+    if not QWEN.is_dir():
+        pytest.skip(f"{QWEN} is not there; ../shared/fetch_real_model.py puts it there")
+    prompts = steps.prompt_splits(Options())[0].train.head(8)
+    whole, blocks = (load_model(QWEN, device="cpu", memory=memory) for memory in (None, 1 << 30))
+    found = collect(blocks, prompts)
+    states = [
+        whole.model(torch.tensor([row]), output_hidden_states=True).hidden_states
+        for row in whole.chat.encode(prompts.prompts)
+    ]
+    tail = len(whole.chat.tail())
+    for layer in range(whole.n_layers - 1):
+        expected = torch.stack([s[layer + 1][0, -tail:].double() for s in states])
+        off = torch.from_numpy(found.mean[layer]) - expected.mean(0)
+        assert off.norm() < 0.02 * expected.mean(0).norm(), layer  # bfloat16 has three digits
+    rows = whole.chat.encode(prompts.prompts)
+    assert generate(whole, rows, 8, 8) == generate(blocks, rows, 8, 8)
