@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from abliterate.activations.collect import collect, collect_sets
 from abliterate.activations.unfinished import Unfinished
+from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint.codecs import Raw
+from abliterate.errors import CheckpointError, UnsupportedError
 from abliterate.model import blockwise
 from abliterate.model.batches import Batch, batches
 from abliterate.model.generate import generate
@@ -136,3 +142,38 @@ def test_streams_that_do_not_fit_lie_in_a_file(family: str, tiny: Tiny, monkeypa
         blocks.n_layers + 1
     )  # three batches and an opening, embedded and after each block
     assert np.allclose(collect(whole, PROMPTS, 2).mean, collect(blocks, PROMPTS, 2).mean, atol=1e-5)
+
+
+def test_what_cannot_run_block_by_block_is_named(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.from_pretrained(tiny("llama"))
+    assert why_not_blockwise(config) is None
+    config.quantization_config = {"quant_method": "fp8"}
+    assert why_not_blockwise(config) == "quantised weights run whole only"
+    del config.quantization_config
+    keep = blockwise._Call.run
+
+    def wrong(self: blockwise._Call, model: ChatModel, layer: int) -> torch.Tensor:
+        self.hidden = keep(self, model, layer) * 1.001
+        return self.hidden
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise._Call, "run", wrong)
+        assert "does not give the same" in str(why_not_blockwise(config))
+    monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+    assert "has another loader" in str(why_not_blockwise(config))
+
+
+def test_states_beside_keys_and_values_write_no_answers_block_by_block(tiny: Tiny) -> None:
+    _, blocks = both(tiny("llama"))
+    blocks.model._is_stateful = True
+    with pytest.raises(UnsupportedError, match="--no-generate"):
+        generate(blocks, blocks.chat.encode(PROMPTS.prompts), 3, 2)
+
+
+def test_a_weight_that_the_checkpoint_lacks_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    for lacking in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        save_file({n: t for n, t in tensors.items() if n != lacking}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=lacking):
+            collect(load_model(folder, device="cpu", dtype="float32", memory=1 << 30), PROMPTS)

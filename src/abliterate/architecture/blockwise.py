@@ -18,7 +18,7 @@ from abliterate.model.batches import Batch
 from abliterate.model.cache import remembers_all
 from abliterate.model.load import ChatModel
 from abliterate.model.run import forward
-from abliterate.model.weights import Weights
+from abliterate.model.weights import Weights, require_loader
 
 
 class _InMemory:
@@ -53,6 +53,10 @@ def why_not_blockwise(config: PreTrainedConfig) -> str | None:
     """
     if getattr(config, "quantization_config", None) is not None:
         return "quantised weights run whole only"
+    try:
+        require_loader()
+    except UnsupportedError as error:
+        return str(error)
     try:
         part = text_part(build_twin(config))
         same = same_blockwise(part, part, _InMemory())

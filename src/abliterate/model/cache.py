@@ -27,6 +27,12 @@ def remembers_all(model: ChatModel, longest: int) -> bool:
     return all(_plain(layer, longest) for layer in new_cache(model).layers)
 
 
+def keeps_keys(model: ChatModel) -> bool:
+    """Whether all that the model remembers is keys and values, of all tokens or of a window."""
+    stateful = getattr(model.model, "_is_stateful", False)
+    return not stateful and all(type(i) in (DynamicLayer, DynamicSlidingWindowLayer) for i in new_cache(model).layers)
+
+
 def _plain(layer: object, longest: int) -> bool:
     if isinstance(layer, DynamicSlidingWindowLayer):
         return type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > longest

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from abliterate.errors import UnsupportedError
 from abliterate.model.batches import Batch, batches
-from abliterate.model.cache import new_cache, repeated
+from abliterate.model.cache import keeps_keys, new_cache, repeated
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
 from abliterate.model.run import forward, open_cache
@@ -93,8 +94,16 @@ def _made_blockwise(
     """One token of a group of rows in each pass over the files; rows that ended leave.
 
     A group is as many rows as there is memory for their keys and values.
+
+    Raises:
+        UnsupportedError: the model remembers more than keys and values.
     """
     assert model.weights is not None
+    if not keeps_keys(model):
+        raise UnsupportedError(
+            f"architecture '{model.model.config.model_type}' writes no answers block by block; --no-generate does "
+            "without them"
+        )
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     at_once = max(1, model.weights.stream_memory // (_bytes_per_token(model) * (max(map(len, rows)) + budget)))
     groups = [order[i : i + at_once] for i in range(0, len(order), at_once)]

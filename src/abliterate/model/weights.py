@@ -14,17 +14,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from abliterate.checkpoint import Checkpoint, TensorInfo
@@ -32,6 +25,25 @@ from abliterate.errors import CheckpointError, UnsupportedError
 
 #: The group of all weights outside the blocks.
 OUTSIDE = -1
+
+
+def require_loader() -> None:
+    """Check that transformers has the parts of its own loader that are used here: they are not promised to stay.
+
+    Raises:
+        UnsupportedError: it has not.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: F401
+        from transformers.core_model_loading import (  # noqa: F401
+            convert_and_load_state_dict_in_model,
+            rename_source_key,
+        )
+        from transformers.modeling_utils import LoadStateDictConfig  # noqa: F401
+    except ImportError:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} has another loader, so no model runs block by block; 5.23 has it"
+        ) from None
 
 
 @contextmanager
@@ -110,9 +122,12 @@ class BlockWeights:
         device: torch.device,
         stream_memory: int,
     ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.modeling_utils import LoadStateDictConfig
+
         self.stream_memory = stream_memory
         self._checkpoint, self._model = checkpoint, model
-        self._path, self._blocks = block_list(model)
+        self._path, _ = block_list(model)
         mapping: list[Any] = get_model_conversion_mapping(model, None, None)
         self._config = LoadStateDictConfig(
             device_map={"": device}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping
@@ -130,6 +145,8 @@ class BlockWeights:
 
     def _grouped(self, mapping: list[Any]) -> dict[int, list[TensorInfo]]:
         """The tensors of each block, by the names that their weights have in the model."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         wanted, groups = self._model.state_dict(), defaultdict[int, list[TensorInfo]](list)
@@ -164,6 +181,8 @@ class BlockWeights:
 
     def _load(self, group: int) -> list[str]:
         """Load a group's weights into the model; the names of those that were loaded."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
         tensors = self._tensors[group]
         lacking = [n for n, p in self._model.state_dict(keep_vars=True).items() if p.is_meta]
         with ExitStack() as stack, torch.inference_mode(False), without_bars():
