@@ -103,6 +103,8 @@ def bounded_memory(models: list[Checkpoint], options: Options) -> int | None:
         "whole in memory" if whole else "block by block", (needed.whole if whole else needed.blockwise) / 1e9,
         needed.whole / 1e9, needed.blockwise / 1e9, f"{free / 1e9:.1f} GB" if free is not None else "any amount",
     )  # fmt: skip
+    if not whole and options.generate:
+        logger.warning("every token of an answer takes a pass over all blocks; --no-generate does without answers")
     return None if whole else free
 
 

@@ -18,7 +18,7 @@ from abliterate.model.batches import Batch
 from abliterate.model.cache import remembers_all
 from abliterate.model.load import ChatModel
 from abliterate.model.run import forward
-from abliterate.model.weights import Weights, require_loader
+from abliterate.model.weights import Weights, block_list, require_loader
 
 
 class _InMemory:
@@ -59,10 +59,18 @@ def why_not_blockwise(config: PreTrainedConfig) -> str | None:
         return str(error)
     try:
         part = text_part(build_twin(config))
+        if _shares_weights(part):
+            return f"architecture '{config.model_type}' uses weights of one block in another"
         same = same_blockwise(part, part, _InMemory())
     except (*REFUSALS, UnsupportedError) as error:
         return f"architecture '{config.model_type}' does not run block by block ({type(error).__name__})"
     return None if same else f"architecture '{config.model_type}' does not give the same block by block"
+
+
+def _shares_weights(model: PreTrainedModel) -> bool:
+    """Whether a parameter lies in two blocks."""
+    parameters = [id(p) for block in block_list(model)[1] for p in set(block.parameters())]
+    return len(parameters) > len(set(parameters))
 
 
 def same_blockwise(whole: PreTrainedModel, part: PreTrainedModel, weights: Weights) -> bool:

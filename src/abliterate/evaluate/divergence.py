@@ -66,9 +66,10 @@ def divergence(
     base_passes = forward(base, batches(base, rows, size, keep), tokens=keep, progress=progress)
     other_passes = forward(other, batches(other, rows, size, keep), tokens=keep, progress=progress)
     for (first, logits), (_, others) in zip(base_passes, other_passes, strict=True):
-        p, q = log_probs(logits), log_probs(others).to(logits.device)
-        for row, (index, figures) in enumerate(zip(first.indices, kl_divergence(p, q), strict=True)):
-            out[index] = _figures(p[row], q[row], figures, continuations[index])
+        for row, index in enumerate(first.indices):  # one by one: in float32 a batch of these fills gigabytes
+            p, q = log_probs(logits[row]), log_probs(others[row]).to(logits.device)
+            out[index] = _figures(p, q, kl_divergence(p, q), continuations[index])
+        del logits, others  # before the next ones are there
     return Divergence(*(out[:, k].copy() for k in range(5)))
 
 

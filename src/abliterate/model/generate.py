@@ -5,7 +5,6 @@ Owns when an answer ends; never knows what the rows ask or how the model was cha
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,6 @@ from abliterate.model.cache import keeps_keys, new_cache, repeated
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
 from abliterate.model.run import forward, open_cache
-
-logger = logging.getLogger("abliterate")
 
 #: Tokens after which answers that have ended leave their batch: as many as a plain refusal has.
 _FIRST = 12
@@ -107,10 +104,6 @@ def _made_blockwise(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     at_once = max(1, model.weights.stream_memory // (_bytes_per_token(model) * (max(map(len, rows)) + budget)))
     groups = [order[i : i + at_once] for i in range(0, len(order), at_once)]
-    logger.warning(
-        "answers are written block by block: up to %d passes over all blocks; --no-generate does without them",
-        budget * len(groups),
-    )
     made: dict[int, list[int]] = {}
     for group in groups:
         own = _made_together(model, [rows[i] for i in group], budget, batch_size, progress)

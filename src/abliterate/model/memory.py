@@ -19,7 +19,7 @@ from abliterate.checkpoint.codecs import BITS
 from abliterate.errors import ResourceError
 
 #: What the interpreter, torch and the working numbers of a batch take.
-_FLOOR = 800_000_000
+_FLOOR = 1_000_000_000
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
