@@ -177,3 +177,20 @@ def test_a_weight_that_the_checkpoint_lacks_is_named(tiny: Tiny, tmp_path: Path)
         save_file({n: t for n, t in tensors.items() if n != lacking}, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(CheckpointError, match=lacking):
             collect(load_model(folder, device="cpu", dtype="float32", memory=1 << 30), PROMPTS)
+
+
+def test_the_head_is_given_its_input_in_one_piece(tiny: Tiny) -> None:
+    for model in both(tiny("llama")):
+        seen: list[bool] = []
+        model.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _m, args, seen=seen: seen.append(args[0].is_contiguous())
+        )
+        rows = model.chat.encode(PROMPTS.prompts)
+        for _ in forward(model, batches(model, rows, 2, keep=3), tokens=2):
+            pass
+        assert seen and all(seen)
+        model.model.get_output_embeddings()._forward_pre_hooks.popitem(last=False)
+        seen.clear()
+        for _ in forward(model, batches(model, rows, 2, keep=3), tokens=2):
+            pass
+        assert not all(seen)  # what it would be given

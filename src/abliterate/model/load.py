@@ -148,7 +148,15 @@ def load_model(
     if weights is None:
         nn.Module.to(model, where)
     model.eval().requires_grad_(False)
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Module):
+        head.register_forward_pre_hook(_contiguous)
     return ChatModel(model, ChatFormat(tokenizer, system_prompt, thinking), weights)
+
+
+def _contiguous(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give the head its input in one piece: of a slice (the last tokens) torch multiplies a copy of the head a row."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
