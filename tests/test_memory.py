@@ -51,6 +51,7 @@ def test_a_run_within_a_bound_gives_what_a_run_without_one_gives(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(memory, "_ANSWERS", 1000)
     monkeypatch.setattr(memory, "_FLOOR", 1000)  # or a tiny model would fit whole wherever it fits at all
     options = refusing.options | {"generate": generate}
     free = abliterate.run(str(refusing.folder), tmp_path / "free", **options)

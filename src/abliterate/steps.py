@@ -86,7 +86,7 @@ def bounded_memory(models: list[Checkpoint], options: Options) -> int | None:
         ResourceError: they fit in neither way.
     """
     device = pick_device(options.device)
-    needed = need(models, pick_dtype(options.dtype, device), device)
+    needed = need(models, pick_dtype(options.dtype, device), device, options.generate)
     free = parse_bytes(options.memory) if options.memory is not None else available(device)
     if free is None or needed.whole <= free:
         why_not = None

@@ -20,6 +20,8 @@ from abliterate.errors import ResourceError
 
 #: What the interpreter, torch and the working numbers of a batch take.
 _FLOOR = 1_000_000_000
+#: What a comparison along answers takes more: logits of both models at every token of a few answers.
+_ANSWERS = 600_000_000
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -31,10 +33,11 @@ class Need:
     blockwise: int
 
 
-def need(checkpoints: list[Checkpoint], dtype: torch.dtype, device: torch.device) -> Need:
+def need(checkpoints: list[Checkpoint], dtype: torch.dtype, device: torch.device, answers: bool) -> Need:
     """What running these models at once takes in `dtype` on `device`, by the sizes in their files.
 
-    Block by block, the two blocks of one model are in memory, and what lies outside the blocks of all.
+    Block by block, the two blocks of one model are in memory, and what lies outside the blocks of all; more where they
+    are compared along `answers`.
     """
     whole = blocks = outside = 0
     for checkpoint in checkpoints:
@@ -50,7 +53,8 @@ def need(checkpoints: list[Checkpoint], dtype: torch.dtype, device: torch.device
         whole += sum(sizes.values()) + sum(beside.values())
         blocks = max(blocks, *sizes.values(), 0)
         outside += sum(beside.values()) - _untouched(checkpoint, beside, dtype, device)
-    return Need(int(1.1 * whole + 5e8), int(2 * blocks + outside + _FLOOR))
+    beside_weights = _FLOOR + (_ANSWERS if answers and len(checkpoints) > 1 else 0)
+    return Need(int(1.1 * whole + 5e8), int(2 * blocks + outside + beside_weights))
 
 
 def _untouched(checkpoint: Checkpoint, beside: dict[str, int], dtype: torch.dtype, device: torch.device) -> int:
