@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from abliterate.architecture.twin import random_ids, text_part
 from abliterate.errors import UnsupportedError
 from abliterate.model.hooks import hidden_states
+from abliterate.model.load import StopForward
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Stream:
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(BlockCall(first.block, args, kwargs, first.stream).hidden)
-            raise _StopForward
+            raise StopForward
 
         handle = first.block.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.run()
-        except _StopForward:
+        except StopForward:
             pass
         finally:
             handle.remove()
@@ -98,10 +99,6 @@ class Stream:
         """The largest component along `r` of any token's stream in a forward pass, relative to the mean norm there."""
         unit = r.double()
         return max(float((h @ unit).abs().max() / h.norm(dim=-1).mean()) for h in self.states())
-
-
-class _StopForward(Exception):
-    """Raised to leave a forward pass at the first block."""
 
 
 def find_stream(model: PreTrainedModel) -> Stream:

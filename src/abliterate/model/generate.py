@@ -12,10 +12,10 @@ from transformers import DynamicCache, GenerationConfig
 
 from abliterate.errors import UnsupportedError
 from abliterate.model.batches import Batch, batches
-from abliterate.model.cache import keeps_keys, new_cache, repeated
+from abliterate.model.cache import keeps_keys, new_cache
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
-from abliterate.model.run import forward, open_cache
+from abliterate.model.run import forward, with_openings
 
 #: Tokens after which answers that have ended leave their batch: as many as a plain refusal has.
 _FIRST = 12
@@ -49,12 +49,7 @@ def _made_whole(
     model: ChatModel, rows: list[list[int]], budget: int, batch_size: int, progress: Progress
 ) -> dict[int, list[int]]:
     done: dict[int, list[int]] = {}
-    opening, kept = None, None
-    for batch in batches(model, rows, batch_size, more=budget):
-        if batch.opening is not opening:
-            opening = batch.opening
-            kept = open_cache(model, opening) if opening is not None else None
-        past = repeated(kept, len(batch.indices)) if kept is not None else None
+    for batch, past in with_openings(model, batches(model, rows, batch_size, more=budget)):
         shared = torch.tensor(rows[0][: batch.shared], dtype=torch.long, device=model.device)
         whole = torch.cat([shared.expand(len(batch.indices), -1), batch.input_ids], 1)
         made = _continue(model, whole, batch.attention_mask, past, budget)

@@ -1,6 +1,6 @@
 """Load a checkpoint for running and find its parts: blocks, embeddings, device and dtype.
 
-Owns the loaded model and the machine's memory; never knows prompts, refusals or edits.
+Owns the loaded model; never knows prompts, refusals or edits.
 """
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ class ChatModel:
         handle = self.blocks[0].register_forward_hook(stop)
         ids = torch.tensor([[self.pad_id] * 2], device=self.device)
         with self.weights.loaded(0) if self.weights is not None else nullcontext(), torch.inference_mode():
-            with suppress(StopForward):
-                self.model.base_model(input_ids=ids, use_cache=False)
-            handle.remove()
+            try:
+                with suppress(StopForward):
+                    self.model.base_model(input_ids=ids, use_cache=False)
+            finally:
+                handle.remove()
         rest = tuple(found[0][1:]) if isinstance(found[0], tuple | list) else None
         return lambda hidden: hidden if rest is None else (hidden, *rest)
 

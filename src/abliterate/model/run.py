@@ -82,12 +82,7 @@ def _run_whole(
     n_blocks: int | None,
     progress: Progress,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
-    opening, kept = None, None
-    for batch in todo:
-        if batch.opening is not opening:
-            opening = batch.opening
-            kept = open_cache(model, opening, change) if opening is not None else None
-        past = _past(batch, kept)
+    for batch, past in with_openings(model, todo, change):
         with torch.inference_mode(), ExitStack() as stack:
             stack.enter_context(change(batch))
             if on_block is not None:
@@ -99,6 +94,18 @@ def _run_whole(
                 _run_first(model, batch, past, n_blocks)
         progress(len(batch.indices))
         yield batch, logits
+
+
+def with_openings(
+    model: ChatModel, todo: Iterable[Batch], change: Change = unchanged
+) -> Iterator[tuple[Batch, DynamicCache | None]]:
+    """Each batch with the keys and values before it; an opening runs once for successive batches that share it."""
+    opening, kept = None, None
+    for batch in todo:
+        if batch.opening is not opening:
+            opening = batch.opening
+            kept = open_cache(model, opening, change) if opening is not None else None
+        yield batch, _past(batch, kept)
 
 
 def _past(batch: Batch, opened: DynamicCache | None) -> DynamicCache | None:
@@ -119,11 +126,10 @@ def _run_first(model: ChatModel, batch: Batch, past: DynamicCache | None, n_bloc
         raise StopForward
 
     stops = n_blocks is not None and n_blocks < model.n_layers
-    handle = model.blocks[n_blocks or 0].register_forward_pre_hook(stop) if stops else None
-    with suppress(StopForward):
+    with ExitStack() as stack, suppress(StopForward):
+        if stops:
+            stack.callback(model.blocks[n_blocks or 0].register_forward_pre_hook(stop).remove)
         model.model.base_model(**batch.inputs(past))
-    if handle is not None:
-        handle.remove()
 
 
 def open_cache(model: ChatModel, opening: Batch, change: Change = unchanged) -> DynamicCache:
