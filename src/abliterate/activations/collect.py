@@ -70,12 +70,12 @@ def collect_sets(
                 stats.add(layer, values[whose == i])
 
     rows = model.chat.encode([prompt for prompts in sets for prompt in prompts.prompts])
-    keeper = None
+    todo, keeper = list(batches(model, rows, batch_size, keep=n_positions)), None
     if unfinished is not None and model.weights is not None:
-        same = [model_fingerprint, rows, of.tolist(), batch_size, n_positions, str(model.model.dtype)]
+        shapes = [list(batch.input_ids.shape) for batch in todo]
+        same = [model_fingerprint, rows, of.tolist(), shapes, n_positions, str(model.model.dtype)]
         keeper = Unfinished(unfinished, found, same)
-    todo = batches(model, rows, batch_size, keep=n_positions)
-    for _ in forward(model, todo, on_block=fold, n_blocks=depth, progress=progress, keeper=keeper):
+    for _ in forward(model, todo, on_block=fold, n_blocks=depth, keep=n_positions, progress=progress, keeper=keeper):
         pass
     positions = tuple(range(-n_positions, 0))
     return [

@@ -88,18 +88,19 @@ def _trials(model: ChatModel) -> list[list[Batch]]:
     if not remembers_all(model, ids.shape[1]):
         return [[plain]]
     opening = Batch([0], ids[:1, :3], ones[:1, :3], positions[:1, :3])
-    return [[plain], [Batch([0, 1], ids[:, 3:], ones, positions[:, 3:], opening)]]
+    return [[plain], [Batch([0, 1], ids[:, 3:], ones, positions[:, 3:], opening, (0, 0))]]
 
 
 def _results(model: ChatModel, batches: list[Batch]) -> list[torch.Tensor]:
-    """The stream after every block, and the logits."""
+    """The stream after every block, and the logits, of all tokens and with the last block's last one alone."""
     found: dict[int, torch.Tensor] = {}
 
     def keep(_batch: Batch, layer: int, hidden: torch.Tensor) -> None:
         found[layer] = hidden.clone()
 
     ((_, logits),) = forward(model, batches, tokens=1, on_block=keep)
-    return [*(found[layer] for layer in sorted(found)), logits]
+    ((_, alone),) = forward(model, batches, tokens=1)
+    return [*(found[layer] for layer in sorted(found)), logits, alone]
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

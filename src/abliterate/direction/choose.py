@@ -227,7 +227,8 @@ def _figures(
             for i in range(0, len(rows), at_once):
                 prompts = by_length[i : i + at_once]
                 places = [d * len(rows) + p for d in block for p in prompts]
-                yield pad_left(model, [rows[p] for _ in block for p in prompts], places, opening)
+                after = [d - start for d in block for _ in prompts]
+                yield pad_left(model, [rows[p] for _ in block for p in prompts], places, opening, after)
 
     def changed(batch: Batch) -> AbstractContextManager[None]:
         return change([directions[place // len(rows)] for place in batch.indices])

@@ -105,7 +105,7 @@ def leak(
         shares = ((wanted @ unit).norm(dim=-1) / wanted.norm(dim=-1)) ** 2
         total[batch.indices] += shares.mean(-1).double().cpu().numpy()
 
-    for _ in forward(model, batches(model, rows, batch_size, keep=n_positions), on_block=fold):
+    for _ in forward(model, batches(model, rows, batch_size, keep=n_positions), on_block=fold, keep=n_positions):
         pass
     share: Float64Array = np.sqrt(total / model.n_layers)
     return share

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 from abliterate.checkpoint.codecs import Raw
 from abliterate.checkpoint.matrix import write_all
-from abliterate.model.batches import Batch
-from abliterate.model.cache import blank, new_cache
+from abliterate.model.batches import Batch, parted
+from abliterate.model.cache import blank, new_cache, remembers_all, until_filled
 from abliterate.model.hooks import hidden_states
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress
@@ -90,6 +90,23 @@ def _bytes(stream: torch.Tensor) -> memoryview:
     return memoryview(stream.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
+class _Arguments(NamedTuple):
+    """What a block is called with beside the stream; where it was shown the cache `blank`, it is given another."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    blank: DynamicCache | None
+
+    def run(self, block: nn.Module, hidden: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+        """The stream behind the block."""
+
+        def own(value: Any) -> Any:
+            return cache if value is self.blank and value is not None else value
+
+        kwargs = {name: own(value) for name, value in self.kwargs.items()}
+        return hidden_states(block(hidden, *map(own, self.args), **kwargs))
+
+
 @dataclass
 class _Call:
     """A batch on its way: what each block is called with, and the stream so far, in memory or in a file."""
@@ -100,7 +117,9 @@ class _Call:
     blank: DynamicCache | None
     cache: DynamicCache | None
     place: _Place | None = None
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: list[_Arguments] = field(default_factory=list)
+    #: What the last block is called with for the tokens that others only look back at, and for the wanted ones.
+    parts: tuple[_Arguments, _Arguments] | None = None
     _hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
@@ -118,45 +137,48 @@ class _Call:
     @classmethod
     def begin(cls, model: ChatModel, batch: Batch, opening: _Call | None, serves: bool = False) -> _Call:
         """A batch before its first block; `serves` where it is an opening, with keys and values for others."""
-        length = opening.batch.input_ids.shape[1] if opening is not None else 0
-        if batch.past is not None:
-            length = length or batch.past.get_seq_length()
         remembers = serves or opening is not None or batch.past is not None
-        shown = blank(model, len(batch.indices), length) if remembers else None
+        shown = blank(model, len(batch.indices), batch.shared) if remembers else None
         cache = batch.past if batch.past is not None else new_cache(model) if remembers else None
         return cls(batch, opening, serves, shown, cache)
 
-    def record(self, model: ChatModel) -> None:
-        """Embed the batch, and note what each block is to be called with."""
-
-        def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            hidden: torch.Tensor
-            hidden, *others = args or (kwargs["hidden_states"],)
-            if layer == 0:
-                self.hidden = hidden
-            self.calls.append((tuple(others), {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-            return hidden
-
-        with _standing_in(model, note):
-            model.model.base_model(**self.batch.inputs(self.blank))
+    def record(self, model: ChatModel, last: int, keep: int) -> None:
+        """Embed the batch, and note what each block is to be called with; block `last` for `keep` tokens alone."""
+        self.hidden, self.calls = _recorded(model, self.batch, self.blank)
+        width, behind = self.batch.input_ids.shape[1], self.batch.attention_mask.shape[1]
+        if not self.serves and 0 < keep < width and remembers_all(model, behind):
+            self.cache = self.cache if self.cache is not None else new_cache(model)
+            before, wanted = (
+                _recorded(model, part, blank(model, len(part.indices), part.shared))[1][last]
+                for part in parted(self.batch, keep)
+            )
+            self.parts = before, wanted
 
     def run(self, model: ChatModel, layer: int) -> torch.Tensor:
         """The stream after block `layer`, which is loaded."""
-        if self.opening is not None and self.cache is not None and self.opening.cache is not None:
-            times = len(self.batch.indices) // len(self.opening.batch.indices)
-            held: Any = self.opening.cache.layers[layer]
-            own: Any = self.cache.layers[layer]
-            own.update(held.keys.repeat_interleave(times, 0), held.values.repeat_interleave(times, 0))
-        args, kwargs = self.calls[layer]
-        args = tuple(self._own(value) for value in args)
-        kwargs = {name: self._own(value) for name, value in kwargs.items()}
-        hidden = hidden_states(model.blocks[layer](self.hidden, *args, **kwargs))
-        self.hidden = hidden
+        self._look_back(layer)
+        self.hidden = hidden = self.calls[layer].run(model.blocks[layer], self.hidden, self.cache)
         return hidden
 
-    def _own(self, value: Any) -> Any:
-        """An argument of a block, the cache that it was shown replaced by the one that is filled."""
-        return self.cache if value is self.blank and value is not None else value
+    def run_last(self, model: ChatModel, layer: int, keep: int) -> torch.Tensor:
+        """The stream after the last block: of the last `keep` tokens alone, where the others need no more than keys."""
+        if self.parts is None or self.cache is None:
+            return self.run(model, layer)
+        self._look_back(layer)
+        before, wanted = self.parts
+        block, hidden = model.blocks[layer], self.hidden
+        with until_filled(self.cache, layer):
+            before.run(block, hidden[:, :-keep], self.cache)
+        self.hidden = hidden = wanted.run(block, hidden[:, -keep:], self.cache)
+        return hidden
+
+    def _look_back(self, layer: int) -> None:
+        """Take up the opening's keys and values."""
+        if self.opening is not None and self.cache is not None and self.opening.cache is not None:
+            rows = torch.tensor(self.batch.after)
+            held: Any = self.opening.cache.layers[layer]
+            own: Any = self.cache.layers[layer]
+            own.update(held.keys[rows], held.values[rows])
 
     def forget(self, model: ChatModel, layer: int) -> None:
         """Keys and values of a layer that all batches have run."""
@@ -176,6 +198,25 @@ class _Call:
         return logits
 
 
+def _recorded(model: ChatModel, batch: Batch, shown: DynamicCache | None) -> tuple[torch.Tensor, list[_Arguments]]:
+    """The stream before the first block, and what each block is called with behind the cache that it is shown."""
+    calls, first = list[_Arguments](), torch.empty(0)
+
+    def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        nonlocal first
+        hidden: torch.Tensor
+        hidden, *others = args or (kwargs["hidden_states"],)
+        if layer == 0:
+            first = hidden
+        others_named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(_Arguments(tuple(others), others_named, shown))
+        return hidden
+
+    with _standing_in(model, note):
+        model.model.base_model(**batch.inputs(shown))
+    return first, calls
+
+
 def run_blockwise(
     model: ChatModel,
     todo: Iterable[Batch],
@@ -183,18 +224,19 @@ def run_blockwise(
     change: Callable[[Batch], AbstractContextManager[None]],
     on_block: Callable[[Batch, int, torch.Tensor], None] | None,
     n_blocks: int | None,
+    keep: int,
     progress: Progress,
     keeper: Keeper | None,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """As `run.forward` says, block by block."""
-    calls = _begun(model, todo)
+    calls, depth = _begun(model, todo), n_blocks or model.n_layers
     if any(call.place is not None for call in calls):
         keeper = None  # what does not fit in memory is not written a second time
     with torch.inference_mode():
         for call in calls:
             with change(call.batch):
-                call.record(model)
-        _run_blocks(model, calls, change, on_block, n_blocks or model.n_layers, progress, keeper)
+                call.record(model, depth - 1, keep)
+        _run_blocks(model, calls, change, on_block, depth, keep, progress, keeper)
     for call in calls:
         if not call.serves:
             with torch.inference_mode(), change(call.batch):
@@ -203,15 +245,19 @@ def run_blockwise(
 
 
 def _begun(model: ChatModel, todo: Iterable[Batch]) -> list[_Call]:
-    """All batches before their first block, each opening before those that share it."""
-    calls, opening = list[_Call](), None
+    """All batches before their first block, each opening once, before those that share it."""
+    calls, openings = list[_Call](), dict[int, _Call]()
+
+    def begin(batch: Batch, serves: bool) -> _Call:
+        opening = batch.opening
+        before = None if opening is None else openings.get(id(opening)) or begin(opening, serves=True)
+        calls.append(_Call.begin(model, batch, before, serves))
+        if serves:
+            openings[id(batch)] = calls[-1]
+        return calls[-1]
+
     for batch in todo:
-        if batch.opening is None:
-            opening = None
-        elif opening is None or opening.batch is not batch.opening:
-            opening = _Call.begin(model, batch.opening, None, serves=True)
-            calls.append(opening)
-        calls.append(_Call.begin(model, batch, opening))
+        begin(batch, serves=False)
     _spill(model, calls)
     return calls
 
@@ -222,6 +268,7 @@ def _run_blocks(
     change: Callable[[Batch], AbstractContextManager[None]],
     on_block: Callable[[Batch, int, torch.Tensor], None] | None,
     depth: int,
+    keep: int,
     progress: Progress,
     keeper: Keeper | None,
 ) -> None:
@@ -233,12 +280,12 @@ def _run_blocks(
             with weights.loaded(layer, depth - 1):
                 for call in calls:
                     with change(call.batch):
-                        hidden = call.run(model, layer)
+                        hidden = call.run(model, layer) if layer < depth - 1 else call.run_last(model, layer, keep)
                     if on_block is not None and not call.serves:
                         on_block(call.batch, layer, hidden)
             for call in calls:
                 call.forget(model, layer)
-            if keeper is not None:
+            if keeper is not None and layer < depth - 1:
                 keeper.after(layer, [call.hidden.cpu().view(torch.uint8).numpy() for call in calls])
             progress(rows * (layer + 1) // depth - done)
             done = rows * (layer + 1) // depth

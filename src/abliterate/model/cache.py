@@ -6,13 +6,15 @@ Owns transformers' caches and when they can be shared; never knows what the rows
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from abliterate.model.load import ChatModel
+from abliterate.model.load import ChatModel, StopForward
 
 
 def new_cache(model: ChatModel) -> DynamicCache:
@@ -39,11 +41,11 @@ def _plain(layer: object, longest: int) -> bool:
     return type(layer) is DynamicLayer
 
 
-def repeated(cache: DynamicCache, times: int) -> DynamicCache:
-    """A copy that a pass may extend, each row `times` times."""
-    found = copy.deepcopy(cache)
-    if times != 1:
-        found.batch_repeat_interleave(times)
+def continued(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
+    """A copy of these rows that a pass may extend."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found.batch_select_indices(torch.tensor(rows))
     return found
 
 
@@ -55,3 +57,22 @@ def blank(model: ChatModel, rows: int, length: int) -> DynamicCache:
     for layer in layers:
         layer.update(nothing, nothing)
     return cache
+
+
+@contextmanager
+def until_filled(cache: DynamicCache, layer: int) -> Iterator[None]:
+    """What runs is left as soon as a layer of the cache has its keys and values: nothing else of it is wanted."""
+    held: Any = cache.layers[layer]
+    update = held.update
+
+    def fill(*args: Any, **kwargs: Any) -> None:
+        update(*args, **kwargs)
+        raise StopForward
+
+    held.update = fill
+    try:
+        yield
+    except StopForward:
+        pass
+    finally:
+        del held.update

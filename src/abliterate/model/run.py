@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from abliterate.model.batches import Batch, batches
 from abliterate.model.blockwise import Keeper, run_blockwise
-from abliterate.model.cache import new_cache, repeated
+from abliterate.model.cache import continued, new_cache
 from abliterate.model.hooks import record_resid_post
 from abliterate.model.load import ChatModel, StopForward
 from abliterate.model.progress import Progress, silent
@@ -49,6 +49,7 @@ def forward(
     change: Change = unchanged,
     on_block: OnBlock | None = None,
     n_blocks: int | None = None,
+    keep: int = 0,
     progress: Progress = silent,
     keeper: Keeper | None = None,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
@@ -64,11 +65,14 @@ def forward(
         change: entered around all that is computed for a batch, and for an opening.
         on_block: called after every block.
         n_blocks: how many of the first blocks run (with `tokens` 0).
+        keep: how many of each row's last tokens `on_block` needs of the last block (0: all).
         progress: called with the number of rows done.
         keeper: what a run block by block leaves after each of them, and goes on from.
     """
     if model.weights is not None:
-        yield from run_blockwise(model, todo, tokens, change, on_block, n_blocks, progress, keeper)
+        yield from run_blockwise(
+            model, todo, tokens, change, on_block, n_blocks, keep if on_block else tokens, progress, keeper
+        )
     else:
         yield from _run_whole(model, todo, tokens, change, on_block, n_blocks, progress)
 
@@ -112,7 +116,7 @@ def _past(batch: Batch, opened: DynamicCache | None) -> DynamicCache | None:
     """The keys and values before a batch: its own cache where it has one, filled with those of its opening."""
     if opened is None or batch.opening is None:
         return batch.past
-    filled = repeated(opened, len(batch.indices) // len(batch.opening.indices))
+    filled = continued(opened, batch.after)
     if batch.past is not None:
         batch.past.layers = filled.layers
         return batch.past
@@ -133,8 +137,9 @@ def _run_first(model: ChatModel, batch: Batch, past: DynamicCache | None, n_bloc
 
 
 def open_cache(model: ChatModel, opening: Batch, change: Change = unchanged) -> DynamicCache:
-    """The keys and values of an opening."""
-    cache = new_cache(model)
+    """The keys and values of an opening, and of what comes before it."""
+    before = opening.opening
+    cache = new_cache(model) if before is None else continued(open_cache(model, before, change), opening.after)
     with torch.inference_mode(), change(opening):
         model.model.base_model(**opening.inputs(cache))
     return cache
