@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpoint, resolve_model
 from abliterate.checkpoint.stream import require_disk, tensor_sha256
+from abliterate.compare.compare import Comparison, compare_checkpoints
 from abliterate.direction.direction import Direction
 from abliterate.edit.adapter import write_adapter
 from abliterate.edit.apply import apply_edit
@@ -20,7 +21,7 @@ from abliterate.edit.estimate import estimate
 from abliterate.edit.plan import EditPlan, Embeddings, plan_edit
 from abliterate.edit.undo import WayBack, undo_edit
 from abliterate.edit.untie import BASE_FILES
-from abliterate.errors import AbliterateError, VerifyError
+from abliterate.errors import AbliterateError, UsageError, VerifyError
 from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options, check_embeddings
 from abliterate.report.card import write_card
@@ -272,3 +273,30 @@ def finish(work: Workspace, record: RunRecord) -> None:
     write_card(record, work.output.name, card)
     record.save(work.records / "run.json")
     work.publish()
+
+
+def compare(
+    base: str,
+    other: str,
+    *,
+    direction: str | Path | None = None,
+    save: str | Path | None = None,
+    steps: Steps = no_steps,
+) -> Comparison:
+    """How `other` differs from `base`: tensors, the direction that their changes share, settings. Runs no model.
+
+    With `direction`, how near the shared one is to those in that file; `save` writes the shared one, for `edit`.
+
+    Raises:
+        AbliterateError: as its kinds say; VerifyError where there is no direction to save.
+    """
+    given = Direction.load(Path(direction)).vector if direction is not None else None
+    if save is not None and Path(save).exists():
+        raise UsageError(f"{save}: exists already; choose another name")
+    found = compare_checkpoints(open_checkpoint(find_model(base)), open_checkpoint(find_model(other)), given, steps)
+    if save is not None:
+        if not found.directions.size:
+            raise VerifyError(f"{other}: no change of a matrix of the stream's width, so there is no direction to save")
+        vector = found.directions[0] if len(found.directions) == 1 else found.directions
+        Direction(vector, None, None, 1.0, f"shared by the changes from {base} to {other}").save(Path(save))
+    return found

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from abliterate.cli import collect, edit, evaluate, inspect, run, select, undo
+from abliterate.cli import collect, compare, edit, evaluate, inspect, run, select, undo
 from abliterate.cli.console import INTERRUPTED
 from abliterate.errors import AbliterateError
 
@@ -25,6 +25,7 @@ app.command(epilog=select.EPILOG)(select.select)
 app.command(epilog=edit.EPILOG)(edit.edit)
 app.command(epilog=inspect.EPILOG)(inspect.inspect)
 app.command(epilog=undo.EPILOG)(undo.undo)
+app.command(epilog=compare.EPILOG)(compare.compare)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 
 

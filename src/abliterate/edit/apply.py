@@ -160,7 +160,7 @@ def removal_of(
     checkpoint: Checkpoint, writer: ResidualWriter, directions: Float32Array, strength: float, keep_norms: bool = False
 ) -> Removal:
     """What to take out of one writer, the norm between it and the stream considered."""
-    return Removal(orthonormal(directions, _gain(checkpoint, writer), writer.centred), strength, keep_norms)
+    return Removal(orthonormal(directions, gain_of(checkpoint, writer), writer.centred), strength, keep_norms)
 
 
 def _keep(target: Path, write: Callable[[str, Any], None], step: str, result: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ def _check(checkpoint: Checkpoint, plan: EditPlan, directions: Float32Array) -> 
             )
 
 
-def _gain(checkpoint: Checkpoint, writer: ResidualWriter) -> Float32Array | None:
+def gain_of(checkpoint: Checkpoint, writer: ResidualWriter) -> Float32Array | None:
     """The gain `[d_model]` between a writer and the stream."""
     if writer.gain is None:
         return None

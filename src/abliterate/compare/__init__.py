@@ -1,0 +1,4 @@
+"""What differs between two checkpoints at rest, and along which direction.
+
+Runs no model; never knows how the second came about.
+"""

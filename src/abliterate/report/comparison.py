@@ -1,0 +1,94 @@
+"""Print how two checkpoints differ, in 80 columns. Knows plain results and rich, nothing else."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+#: From this share on, a change is said to be an edit along the shared directions; below the second, to be none.
+_ALONG, _HARDLY = 0.9, 0.5
+
+
+def print_comparison(console: Console, found: dict[str, Any]) -> None:
+    """One sentence, the table of changed tensors by kind, and what else differs."""
+    console.print(sentence(found), highlight=False)
+    if found["changed"]:
+        console.print(_table(found["changed"]))
+    for title in ("added", "missing", "reshaped", "rounded", "unread"):
+        if found[title]:
+            shown = ", ".join(found[title][:3]) + (" …" if len(found[title]) > 3 else "")
+            console.print(f"[bold]{_TITLES[title]}[/bold] {len(found[title])}: {shown}", highlight=False)
+    for name, lines in found["files"].items():
+        console.print(f"[bold]{name}[/bold]")
+        for line in lines:
+            console.print(f"  {line}", highlight=False, markup=False)
+    if found["writers_known"] is not None:
+        console.print(
+            f"[dim]which tensors write to the stream is not known: {found['writers_known']}[/dim]", highlight=False
+        )
+
+
+_TITLES = {
+    "added": "only in the other",
+    "missing": "only in the base",
+    "reshaped": "of another shape",
+    "rounded": "changed by rounding alone",
+    "unread": "changed, of types that hold no plain numbers",
+}
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """What the differences amount to, in words."""
+    changed, total = len(found["changed"]), found["same"] + len(found["changed"]) + len(found["rounded"])
+    if not changed:
+        return f"no tensor of {total + len(found['unread'])} differs by more than rounding"
+    k, explained = found["directions"], found["explained"]
+    head = f"[bold]{changed} of {total + len(found['unread'])}[/bold] tensors differ; "
+    if not k or explained is None:
+        return head + "no axis of theirs is as wide as the residual stream"
+    what = "one direction of the residual stream" if k == 1 else f"{k} directions of the residual stream"
+    if explained < _HARDLY:
+        return head + f"{what} explains no more than {explained:.1%} of the change: not an edit along a direction"
+    readers = sum(t["role"] is None for t in found["changed"]) if found["writers_known"] is None else 0
+    beside = f"; {readers} of them do not write to the stream" if readers else ""
+    verb = "explains" if k == 1 else "explain"
+    along = f"{what} {verb} [bold]{explained:.1%}[/bold] of the change{beside}"
+    if explained >= _ALONG:
+        along += f"; of what the base has along it, {found['strength']:.1%} is gone"
+    near = found["cosines"]
+    told = f"; cosine to the direction given {', '.join(f'{c:.4f}' for c in near)}" if near else ""
+    return head + along + told
+
+
+def _table(changed: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("changed", "tensors", "layers", "rank", "strength", "explained", "cosine"):
+        table.add_column(title, justify="left" if title == "changed" else "right", overflow="fold")
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for t in changed:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", t["tensor"]), []).append(t)
+    for kind, tensors in kinds.items():
+        layers = [int(m[1]) for t in tensors if (m := re.search(r"\.(\d+)\.", t["tensor"]))]
+        span = "" if not layers else f"{min(layers)}–{max(layers)}" if len(layers) > 1 else str(layers[0])
+        figures = (_range(tensors, "strength", ".2f"), _range(tensors, "explained", ".0%"))
+        name = ".".join(kind.removesuffix(".weight").split(".")[-2:])
+        table.add_row(name, str(len(tensors)), span, _ranks(tensors), *figures, _range(tensors, "cosine", ".3f"))
+    return table
+
+
+def _ranks(tensors: list[dict[str, Any]]) -> str:
+    ranks = sorted({t["rank"] for t in tensors if t["rank"] is not None})
+    texts = [str(r) for r in ranks] + (["more"] if any(t["rank"] is None for t in tensors) else [])
+    return texts[0] if len(texts) == 1 else f"{texts[0]}–{texts[-1]}"
+
+
+def _range(tensors: list[dict[str, Any]], figure: str, form: str) -> str:
+    values = [t[figure] for t in tensors if t[figure] is not None]
+    if not values:
+        return "–"
+    low, high = (format(v, form) for v in (min(values), max(values)))
+    return low if low == high else f"{low}–{high}"
