@@ -1,4 +1,4 @@
-"""The steps as verbs of their own, each between files: `collect`, `select`, `evaluate`; and `inspect`, `edit`, `undo`.
+"""The steps as verbs of their own, each between files: `collect`, `select`, `evaluate`, `bench`; and those at rest.
 
 Owns the folder of activations that `collect` writes and `select` reads; computes nothing itself.
 """
@@ -6,6 +6,7 @@ Owns the folder of activations that `collect` writes and `select` reads; compute
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.at_rest import edit, find_model, inspect, undo
+from abliterate.at_rest import compare, edit, find_model, inspect, undo
+from abliterate.benchmark.bench import MARGIN, Benchmarks, benchmarks, score_both
+from abliterate.benchmark.harness import BUILT_IN, Harness
 from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.direction.direction import Direction
@@ -25,7 +28,9 @@ from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
 from abliterate.workspace import Workspace, check_output, writable
 
-__all__ = ["Collected", "collect", "edit", "evaluate", "inspect", "merge", "select", "undo"]
+__all__ = [
+    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "select", "undo",
+]  # fmt: skip
 
 SCHEMA = 1
 #: The options that decide which prompts are used and how they are rendered: `select` takes them from `collect`.
@@ -194,3 +199,64 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
         step.check_runs(loaded, checkpoint, harmful)
     edited, *rest = models
     return step.compare(rest[0] if rest else None, edited, harmful, harmless, chosen, direction, [], steps)
+
+
+def bench(
+    model: str,
+    base: str,
+    output: str | Path,
+    tasks: Sequence[str] = (BUILT_IN,),
+    *,
+    n_questions: int | None = None,
+    margin: float = MARGIN,
+    resume: bool = False,
+    steps: Steps = no_steps,
+    **options: Any,
+) -> Benchmarks:
+    """lm-eval's `tasks` on `base` and `model`, paired question by question, into the new folder `output`.
+
+    One model is in memory at a time; `resume` takes up an interrupted run at the last request it had answered.
+
+    Args:
+        model: the edited model.
+        base: what it was made of.
+        output: gets `bench.json` and the scores of every question.
+        tasks: names of lm-eval's tasks and groups, or `abliterate_questions`, which needs no network.
+        n_questions: at most so many of each leaf task.
+        margin: the loss that "retained" excludes, as a share of all questions.
+        resume: go on with an interrupted run.
+        steps: makes progress bars.
+        options: `device`, `dtype`, `batch_size`, `system_prompt`, `chat_template` as in `Options`.
+
+    Raises:
+        AbliterateError: as its kinds say; UsageError for a task that lm-eval does not know.
+    """
+    chosen, out = Options(**options), Path(output).expanduser()
+    chosen.check()
+    if not 0 < margin < 1:
+        raise UsageError(f"--margin {margin:g}: expected a share of all questions, such as {MARGIN:g}")
+    if n_questions is not None and n_questions < 2:
+        raise UsageError(f"--limit {n_questions}: expected at least 2 questions")
+    harness = Harness()
+    harness.check(list(tasks))
+    folders = {"base": find_model(base), "edited": find_model(model)}
+    check_output(out, folders["edited"])
+    checkpoints = {which: open_checkpoint(folder) for which, folder in folders.items()}
+    settings = asdict(chosen) | {"verb": "bench", "tasks": list(tasks), "questions": n_questions, "margin": margin}
+    settings |= {which: checkpoint.fingerprint for which, checkpoint in checkpoints.items()}
+    with Workspace(out, folders["edited"], settings, resume) as work:
+        try:
+            scores = score_both(
+                harness, lambda which: step.load(folders[which], chosen, None), list(tasks), work, n_questions,
+                chosen.batch_size, steps,
+            )  # fmt: skip
+        except AbliterateError:
+            work.discard_if_new()
+            raise
+        found = benchmarks(base, model, scores, margin, n_questions)
+        value = found.as_dict | {
+            "questions": {task: {w: s.scores for w, s in of.items()} for task, of in scores.items()}
+        }
+        (work.folder / "bench.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        work.publish()
+    return found

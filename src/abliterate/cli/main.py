@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from abliterate.cli import collect, compare, edit, evaluate, inspect, run, select, undo
+from abliterate.cli import bench, collect, compare, edit, evaluate, inspect, run, select, undo
 from abliterate.cli.console import INTERRUPTED
 from abliterate.errors import AbliterateError
 
@@ -27,6 +27,7 @@ app.command(epilog=inspect.EPILOG)(inspect.inspect)
 app.command(epilog=undo.EPILOG)(undo.undo)
 app.command(epilog=compare.EPILOG)(compare.compare)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(epilog=bench.EPILOG)(bench.bench)
 
 
 def _version(wanted: bool) -> None:

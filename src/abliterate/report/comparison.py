@@ -1,4 +1,4 @@
-"""Print how two checkpoints differ, in 80 columns. Knows plain results and rich, nothing else."""
+"""Print how two checkpoints or models differ, in 80 columns. Knows plain results and rich, nothing else."""
 
 from __future__ import annotations
 
@@ -92,3 +92,24 @@ def _range(tensors: list[dict[str, Any]], figure: str, form: str) -> str:
         return "–"
     low, high = (format(v, form) for v in (min(values), max(values)))
     return low if low == high else f"{low}–{high}"
+
+
+def print_benchmarks(console: Console, found: dict[str, Any]) -> None:
+    """The table of the field, with what it shows: base, edited, retained share with its interval."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in ("task", "n", "base", "edited", "difference", "retained", "shown"):
+        table.add_column(title, justify="left" if title in ("task", "shown") else "right", overflow="fold")
+    for t in found["tasks"]:
+        p = t["paired"]
+        base, edited, (d, d_low, d_high) = p["base"][0], p["edited"][0], p["difference"]
+        kept = "–" if p["retained"] is None else "{:.1%} [{:.0%}, {:.0%}]".format(*p["retained"])
+        change = f"{100 * d:+.1f} [{100 * d_low:+.1f}, {100 * d_high:+.1f}]"
+        table.add_row(t["task"], str(p["n"]), f"{base:.1%}", f"{edited:.1%}", change, kept, t["verdict"])
+    console.print(table)
+    asked = f", at most {found['limit']} questions of each" if found["limit"] else ""
+    console.print(
+        f"95% intervals from pairs of answers{asked}. retained: a loss of {100 * found['margin']:g} points or more is "
+        "excluded; lost, gained: a change is shown; all tasks together with an error of 5%.",
+        style="dim",
+        highlight=False,
+    )
