@@ -17,6 +17,14 @@ KIND = "activation statistics"
 Float64Array = npt.NDArray[np.float64]
 
 
+def _together(
+    n: float, mean: Float64Array, m2: Float64Array, more: float, of_more: Float64Array, m2_of_more: Float64Array
+) -> tuple[Float64Array, Float64Array]:
+    """Mean and sum of squared deviations of `n` values and `more` together, exactly (Chan et al. 1979)."""
+    delta, share = of_more - mean, more / (n + more)
+    return mean + delta * share, m2 + m2_of_more + delta**2 * (n * share)
+
+
 class RunningStats:
     """Means and sums of squared deviations of values that come in pieces: `[n_layers, n_positions, d_model]`."""
 
@@ -25,12 +33,11 @@ class RunningStats:
         self.count = np.zeros(shape[0])
 
     def add(self, layer: int, values: Float64Array) -> None:
-        """Fold in values `[n, n_positions, d_model]` of one layer (Chan et al. 1979)."""
-        n, before, center = len(values), self.count[layer], values.mean(0)
-        delta = center - self.mean[layer]
-        self.mean[layer] += delta * (n / (before + n))
-        self.m2[layer] += ((values - center) ** 2).sum(0) + delta**2 * (before * n / (before + n))
-        self.count[layer] += n
+        """Fold in values `[n, n_positions, d_model]` of one layer."""
+        center = values.mean(0)
+        own = self.count[layer], self.mean[layer], self.m2[layer]
+        self.mean[layer], self.m2[layer] = _together(*own, len(values), center, ((values - center) ** 2).sum(0))
+        self.count[layer] += len(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +62,11 @@ class ActivationStats:
         return self.m2 / max(1, self.count - 1)
 
     def merge(self, other: ActivationStats) -> ActivationStats:
-        """The statistics of both prompt sets together, exactly (Chan et al. 1979)."""
+        """The statistics of both prompt sets together, exactly."""
         assert self.positions == other.positions and self.site == other.site
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        return ActivationStats(
-            self.site,
-            self.positions,
-            count,
-            self.mean + delta * (other.count / count),
-            self.m2 + other.m2 + delta**2 * (self.count * other.count / count),
-            f"{self.prompts}+{other.prompts}",
-            self.model,
-        )
+        mean, m2 = _together(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
+        prompts = f"{self.prompts}+{other.prompts}"
+        return ActivationStats(self.site, self.positions, self.count + other.count, mean, m2, prompts, self.model)
 
     def save(self, path: Path) -> None:
         """Write the statistics as safetensors."""
