@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from abliterate import at_rest
 from abliterate.checkpoint import open_checkpoint
 from abliterate.compare import tensors as compared_tensors
-from abliterate.compare.shared import cosines
+from abliterate.compare.shared import _first_right_vectors, cosines
 from abliterate.direction.direction import Direction
 from abliterate.errors import CheckpointError, UsageError, VerifyError
 from abliterate.report.comparison import print_comparison, sentence
@@ -241,3 +241,11 @@ def test_the_rank_of_a_change_is_told(rows: int, columns: int, rank: int, dtype:
         assert found[0].rank == rank
     exact = w.double().numpy() + change
     assert found[0].delta == pytest.approx(np.square(exact - w.double().numpy()).sum(), rel=0.1, abs=1e-2)
+
+
+def test_many_rows_and_few_give_the_same_directions() -> None:
+    rows = np.random.default_rng(0).normal(size=(2000, 40)).astype(np.float32) + 3 * unit(d_model=40)
+    many = _first_right_vectors(rows, 1)
+    few = np.linalg.svd(rows.astype(np.float64), full_matrices=False)[2][:1]
+    assert cosines(many, few)[0] == pytest.approx(1) and cosines(many, unit(d_model=40))[0] > 0.9
+    assert cosines(_first_right_vectors(rows[:30], 1), many)[0] > 0.9
