@@ -26,7 +26,7 @@ from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options, check_embeddings
 from abliterate.report.card import write_card
 from abliterate.report.record import RunRecord
-from abliterate.workspace import Workspace, check_output
+from abliterate.workspace import Workspace, check_output, writable
 
 #: Disk that the way back and the records take, as a share of the model; measured at one to three hundredths.
 _BESIDE = 0.05
@@ -291,8 +291,12 @@ def compare(
         AbliterateError: as its kinds say; VerifyError where there is no direction to save.
     """
     given = Direction.load(Path(direction)).vector if direction is not None else None
-    if save is not None and Path(save).exists():
-        raise UsageError(f"{save}: exists already; choose another name")
+    if save is not None:
+        if Path(save).exists():
+            raise UsageError(f"{save}: exists already; choose another name")
+        if Path(save).suffix != ".safetensors":
+            raise UsageError(f"{save}: directions are written as safetensors; give it a name that ends in .safetensors")
+        writable(Path(save))
     found = compare_checkpoints(open_checkpoint(find_model(base)), open_checkpoint(find_model(other)), given, steps)
     if save is not None:
         if not found.directions.size:

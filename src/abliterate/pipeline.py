@@ -50,6 +50,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     require_room(out, checkpoint)
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
+    settings["asked"] = step.asked_of(chosen)
     # Going on after "there is no refusal", or without the comparison, is a resume like any other.
     del settings["force"], settings["evaluate"], settings["memory"]
     with Workspace(out, source, settings, resume) as work:

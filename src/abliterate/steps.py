@@ -5,9 +5,11 @@ Owns what is handed from step to step; computes nothing itself, and knows no ord
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,24 @@ def prompt_splits(options: Options) -> tuple[Splits, Splits]:
     harmful, harmless = one(options.harmful, "harmful"), one(options.harmless, "harmless")
     check_contrast(harmful.whole, harmless.whole)
     return limited(harmful, options), limited(harmless, options)
+
+
+def asked_of(options: Options) -> dict[str, str]:
+    """What the answer to "the same prompts, asked alike?" hangs on beside the options' names: hashes of contents.
+
+    Raises:
+        PromptError: as `prompt_splits` says.
+        UsageError: the chat template's file cannot be read.
+    """
+    whole = prompt_splits(dataclasses.replace(options, prompts=None))
+    found = {f"{kind} prompts": s.whole.sha256 for kind, s in zip(("harmful", "harmless"), whole, strict=True)}
+    found["dtype"] = str(pick_dtype(options.dtype, pick_device(options.device)))
+    if options.chat_template is not None:
+        try:
+            found["chat template"] = sha256(Path(options.chat_template).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UsageError(f"--chat-template {options.chat_template}: cannot be read ({error.strerror})") from None
+    return found
 
 
 def limited(splits: Splits, options: Options) -> Splits:
@@ -248,8 +268,6 @@ def compare(
     """
     asked = Questions(harmful.test, harmless.test, options.max_new_tokens, options.batch_size)
     if base is None:
-        if not options.generate:
-            raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
         return evaluate_alone(edited, asked, steps)
     if not options.generate:
         return evaluate_first_tokens(base, edited, asked, tokens, steps, direction)

@@ -145,7 +145,7 @@ def evaluate_first_tokens(
         )
     kl = kl_divergence(p[n:][kept], q[n:][kept]).double().cpu().numpy()
     how = f"mean KL(base‖edited), nats, first answer token; {quantiles(kl)}; bootstrap 95%"
-    name = f"{questions.harmless.name}, not opened like a refusal by the base"
+    name = questions.harmless.name + (", not opened like a refusal by the base" if tokens else "")
     metrics.append(_metric("kl_first_token", name, None, bootstrap(kl, mean), len(kept), how))
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
