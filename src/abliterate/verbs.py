@@ -175,9 +175,9 @@ def select(
     writable(out)
     loaded = step.load(source, chosen, step.bounded_memory([checkpoint], chosen))
     stats = (collected.harmful, collected.harmless)
-    direction, _ = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
-    direction.save(out)
-    return direction
+    choice = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
+    choice.direction.save(out)
+    return choice.direction
 
 
 def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **options: Any) -> Evaluation:
