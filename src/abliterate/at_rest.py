@@ -79,6 +79,7 @@ def edit(
     start = time.monotonic()
     with Workspace(out, source, settings, resume) as work:
         try:
+            work.write("given", given)
             edits = write_edited(checkpoint, plan, found, work, chosen, steps)
         except AbliterateError:
             work.discard_if_new()

@@ -55,8 +55,10 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     del settings["force"], settings["evaluate"], settings["memory"]
     with Workspace(out, source, settings, resume) as work:
         this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, steps, memory)
+        given = {"model": model, "output": str(output), "resume": resume, **options}
         try:
-            record = this.record({"model": model, "output": str(output), "resume": resume, **options})
+            work.write("given", given)
+            record = this.record(given)
         except AbliterateError:
             work.discard_if_new()
             raise

@@ -26,10 +26,12 @@ from abliterate.evaluate.evaluation import Evaluation
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
+from abliterate.results import report
 from abliterate.workspace import Workspace, check_output, writable
 
 __all__ = [
-    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "select", "undo",
+    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "report", "select",
+    "undo",
 ]  # fmt: skip
 
 SCHEMA = 1

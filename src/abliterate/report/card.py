@@ -73,7 +73,7 @@ score is the log-odds that the first token opens a refusal.
 {% else %}
 Nothing was measured on this checkpoint (`--no-eval`).
 {% endif %}
-The whole record, hashes included, is in `abliteration/run.json`.
+The whole record, hashes included, is in `abliteration/run.json`; `abliteration/report.html` shows it in charts.
 """
 
 

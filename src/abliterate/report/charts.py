@@ -12,7 +12,7 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from abliterate.report.svg import Scale, below, left, mark, percent, plain, plot, tag
+from abliterate.report.svg import Scale, below, left, mark, number, percent, plain, plot, tag
 
 #: A value with the bounds of its interval; None where it was not taken.
 Bounds = tuple[float | None, float | None, float | None]
@@ -28,6 +28,11 @@ class Row:
     scale: Scale
     said: str
     form: str = "{:.3g}"
+    unit: str = ""
+
+    def written(self, value: float) -> str:
+        """The value in words."""
+        return self.form.format(value).replace("-", "−") + self.unit
 
 
 def intervals(rows: Sequence[Row], label: str, *, compact: bool = False) -> Markup:
@@ -35,7 +40,7 @@ def intervals(rows: Sequence[Row], label: str, *, compact: bool = False) -> Mark
 
     `compact` rows share one scale, whose ends stand below the last.
     """
-    inside, step = [], 48 if compact else 64
+    inside, step = [], 48 if compact else 70
     for i, row in enumerate(rows):
         top = i * step
         inside.append(tag("text", row.name, x=0, y=top + 12, class_="name"))
@@ -46,7 +51,7 @@ def intervals(rows: Sequence[Row], label: str, *, compact: bool = False) -> Mark
         for end, x, anchor in (
             () if compact and row is not rows[-1] else ((row.scale.low, 0, ""), (row.scale.high, "100%", "end"))
         ):
-            inside.append(tag("text", row.form.format(end), x=x, y=top + 57, class_=f"tick {anchor}"))
+            inside.append(tag("text", plain(end) + row.unit, x=x, y=top + 57, class_=f"tick {anchor}"))
     return plot(label, max(1, len(rows)) * step + (14 if compact else 0), *inside)
 
 
@@ -54,9 +59,9 @@ def _interval(row: Row, bounds: Bounds, shape: str, kind: str, y: int) -> list[M
     value, low, high = bounds
     if value is None or not math.isfinite(value):
         return []
-    said, whisker = f"{kind}: {row.form.format(value)}", []
+    said, whisker = f"{row.name}, {kind}: {row.written(value)}", []
     if low is not None and high is not None:
-        said += f" [{row.form.format(low)}, {row.form.format(high)}]"
+        said += f" [{row.written(low)}, {row.written(high)}]"
         ends = {"x1": percent(row.scale.share(low)), "x2": percent(row.scale.share(high))}
         whisker = [tag("line", **ends, y1=y, y2=y, class_=f"whisker {kind}")]
     return [*whisker, mark(shape, kind, percent(row.scale.share(value)), str(y), said)]
@@ -70,7 +75,6 @@ class Cells:
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
     unit: str
-    form: str = "{:.3g}"
     row_word: str = ""
     column_word: str = "layer"
     chosen: tuple[int, int] | None = None
@@ -91,13 +95,13 @@ def heat_map(cells: Cells, label: str) -> Markup:
                 inside.append(tag("rect", tag("title", f"{where}: none"), **place, class_="cell gap"))
                 continue
             shade = 0.06 + 0.94 * ((value - low) / (high - low) if high > low else 1.0)
-            said = f"{where}: {cells.form.format(value)} {cells.unit}".strip()
+            said = f"{where}: {number(value)} {cells.unit}".strip()
             inside.append(tag("rect", tag("title", said), **place, class_="cell", fill_opacity=f"{shade:.3f}"))
     inside += _frame(cells, n, top, size)
     bottom = top + len(cells.rows) * size
     inside += below(cells.columns, n, bottom + 16, 0.5 / n)
     drawn = plot(label, bottom + 22, *inside, left=14 + 7 * max(map(len, cells.rows), default=0))
-    ends = [cells.form.format(v) for v in (low, high)]
+    ends = [number(v) for v in (low, high)]
     return drawn + (_shades(ends, cells.unit) if known else Markup(""))
 
 
@@ -108,7 +112,12 @@ def _frame(cells: Cells, n: int, top: int, size: int) -> list[Markup]:
     place = {"x": percent(j / n), "y": top + i * size, "width": percent(1 / n), "height": size}
     side = "end" if j > n / 2 else ""
     said = tag("text", "▾ chosen" if not side else "chosen ▾", x=percent((j + (1 if side else 0)) / n), y=12)
-    return [tag("rect", **place, class_="frame"), tag("g", said, class_=f"name {side}")]
+    word = (
+        [tag("text", cells.row_word, x=-14 - 7 * max(map(len, cells.rows)), y=12, class_="tick")]
+        if j > 0.15 * n
+        else []
+    )
+    return [*word, tag("rect", **place, class_="frame"), tag("g", said, class_=f"name {side}")]
 
 
 def _shades(ends: list[str], unit: str) -> Markup:
@@ -143,7 +152,7 @@ class Band:
 def bands(series: Sequence[Band], label: str, chosen: int | None = None, height: int = 240) -> Markup:
     """Means with bands of one spread around them, over columns counted from 0."""
     edges = [m + sign * s for b in series for m, s in zip(b.means, b.spreads, strict=True) for sign in (-1, 1)]
-    scale, n = Scale.over(edges), max((len(b.means) for b in series), default=0)
+    scale, n = Scale.over(edges, tight=True), max((len(b.means) for b in series), default=0)
     inside = left(scale, height)
     if chosen is not None and n > 1:
         x = percent(chosen / (n - 1))
@@ -156,7 +165,7 @@ def bands(series: Sequence[Band], label: str, chosen: int | None = None, height:
         for j, (m, s) in enumerate(zip(b.means, b.spreads, strict=True)):
             if math.isfinite(m):
                 x, y = percent(j / (n - 1) if n > 1 else 0.5), f"{height * (1 - scale.share(m)):.1f}"
-                said = f"{b.name}, layer {j}: {m:.3g} ± {s:.3g}"
+                said = f"{b.name}, layer {j}: {number(m)} ± {number(s)}"
                 inside.append(tag("circle", tag("title", said), cx=x, cy=y, r=2.5, class_=f"dot {b.kind}"))
     names, span = [str(j) for j in range(n)], max(1, n - 1)
     inside += below(names, span, height + 17) if n > 1 else below(names, 1, height + 17, 0.5)
@@ -198,10 +207,10 @@ def dots(series: Sequence[Dots], columns: Sequence[str], label: str, height: int
     """Points over columns, on a logarithmic scale; zeros lie on the bottom line."""
     scale = Scale.over([value for s in series for _, value, _ in s.points], log=True)
     inside, n = left(scale, height), max(1, len(columns))
-    for s in series:
+    for i, s in enumerate(series):
         for column, value, said in s.points:
             if math.isfinite(value):
-                x, y = percent((column + 0.5) / n), f"{height * (1 - scale.share(value)):.1f}"
+                x, y = percent((column + (i + 1) / (len(series) + 1)) / n), f"{height * (1 - scale.share(value)):.1f}"
                 inside.append(mark(s.shape, s.kind, x, y, said))
     inside += below(columns, n, height + 19, 0.5 / n)
     return plot(label, height + 26, *inside, left=48)

@@ -86,8 +86,9 @@ def warnings(record: RunRecord) -> list[str]:
         found.append(f"The direction fails the causal test: {'; '.join(failed)}.")
     if record.direction_from_elsewhere:
         found.append("The direction was found on another checkpoint than the one that was edited.")
-    if record.verdicts:
-        found.append(f"Broken answers (neither refusal nor answer), base → edited: {broken(record.verdicts)}.")
+    counts = [sum(v.get("broken", 0) for v in record.verdicts.get(who, {}).values()) for who in ("base", "edited")]
+    if counts[1] > counts[0]:
+        found.append(f"More answers are broken text, neither refusal nor answer: {broken(record.verdicts)}.")
     return found
 
 

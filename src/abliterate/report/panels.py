@@ -16,7 +16,7 @@ from abliterate.evaluate.intervals import wilson
 from abliterate.report.charts import Band, Bounds, Cells, Dots, Row, bands, dots, heat_map, histogram, intervals
 from abliterate.report.figures import COLUMNS, LABELS, rows
 from abliterate.report.record import RunRecord
-from abliterate.report.svg import SHAPES, Scale, key
+from abliterate.report.svg import SHAPES, Scale, key, number
 
 BEFORE_AFTER = key([("circle", "base", "base"), ("diamond", "edited", "edited")])
 
@@ -39,14 +39,15 @@ def before_after(record: RunRecord) -> Panel | None:
     if not record.metrics:
         return None
     drawn = [_row(m) for m in record.metrics]
-    finding = "; ".join(f"{row.name} {_went(row)}" for row in drawn) + "."
+    told = [f"{row.name} {row.said}" for row in drawn if None not in (row.base[0], row.edited[0])]
+    finding = _sentence("; ".join(told or [f"{row.name} {row.said}" for row in drawn]))
     how = (
         "Each measure has its own scale; bars are 95% intervals over test prompts, which were used neither to find nor "
         "to choose the direction. KL (nats) and perplexity are taken on harmless prompts along the base's own answers; "
         "leak is the share of the residual stream along the direction."
     )
     picture = intervals(drawn, finding) + BEFORE_AFTER
-    return Panel("before-after", _sentence(finding), how, COLUMNS, rows(record.metrics), picture, open=True)
+    return Panel("before-after", finding, how, COLUMNS, rows(record.metrics), picture, open=True)
 
 
 def _row(m: dict[str, Any]) -> Row:
@@ -60,23 +61,15 @@ def _row(m: dict[str, Any]) -> Row:
         scale = Scale(0, 100)
     else:
         scale = Scale.over([*values, 1.0] if m["name"] == "perplexity" else values, zero=m["name"] != "perplexity")
-    form = "{:.3g}%" if share else "{:.3g}"
-    said = " → ".join("–" if v is None else form.format(v) for v in (base[0], edited[0]) if v is not None)
-    return Row(LABELS.get(m["name"], m["name"]), _bounds(base), _bounds(edited), scale, said, form)
+    form = "{:.2f}" if m["name"] == "leak" else "{:.1f}" if share else "{:.3g}"
+    unit = "%" if share else ""
+    said = " → ".join(form.format(v).replace("-", "−") + unit for v in (base[0], edited[0]) if v is not None)
+    return Row(LABELS.get(m["name"], m["name"]), _bounds(base), _bounds(edited), scale, said, form, unit)
 
 
 def _bounds(values: tuple[float | None, ...]) -> Bounds:
     value, low, high = values
     return value, low, high
-
-
-def _went(row: Row) -> str:
-    before, after = (
-        (row.form.format(b[0]) for b in (row.base, row.edited) if b[0] is not None)
-        if (row.base[0] is not None and row.edited[0] is not None)
-        else ("", row.said)
-    )
-    return f"{before} → {after}" if before else after
 
 
 def separation(record: RunRecord) -> Panel | None:
@@ -124,7 +117,7 @@ def _by_site(
         chosen=frame,
     )  # fmt: skip
     columns = ["layer", *(f"position {p}" for p in positions)]
-    numbers = [[str(n), *("–" if v is None else f"{v:.3g}" for v in row)] for n, row in enumerate(table)]
+    numbers = [[str(n), *("–" if v is None else number(v) for v in row)] for n, row in enumerate(table)]
     how += " Columns are layers, rows positions from the prompt's end."
     return Panel(name, finding, how, columns, numbers, heat_map(cells, finding))
 
@@ -138,15 +131,15 @@ def finalists(record: RunRecord) -> Panel | None:
     numbers = [
         [
             f"{f['layer']}, {minus(f['position'])}" + (" (chosen)" if (f["layer"], f["position"]) == chosen else ""),
-            *(f"{f['scores'][n]:.3g}" if n in f["scores"] else "–" for n in names),
+            *(number(f["scores"][n]) if n in f["scores"] else "–" for n in names),
         ]
         for f in record.finalists
     ]
-    columns = ("layer, position", "base", "ablated", "base, harmless", "added", "surely up", "KL")
+    columns = ("layer, position", "base", "ablated", "base, harmless", "added", "rise at least", "KL")
     how = (
         "Mean refusal scores on validation prompts. Ablated on harmful prompts the score must fall; added on harmless "
-        f"ones it must surely rise (above 0); KL may be {record.resolved['max_kl']:g} nats at most. Tested from the "
-        "lowest ablated score on, until one passes."
+        f"ones it must rise (less 1.96 standard errors, above 0); KL may be {record.resolved['max_kl']:g} nats at most."
+        " Tested from the lowest ablated score on, until one passes."
     )
     return Panel("finalists", f"{len(numbers)} candidates met all validation prompts.", how, columns, numbers)
 
@@ -172,7 +165,7 @@ def projected(record: RunRecord) -> Panel | None:
         Band("harmless", "harmless", found["harmless_mean"], found["harmless_spread"], dashed=True),
     ]
     numbers = [
-        [str(n), *(f"{m:.3g} ± {s:.3g}" for m, s in cells)]
+        [str(n), *(f"{number(m)} ± {number(s)}" for m, s in cells)]
         for n, cells in enumerate(
             zip(*(zip(b.means, b.spreads, strict=True) for b in series), strict=True)
         )
@@ -202,7 +195,7 @@ def removed(record: RunRecord) -> Panel | None:
     role, layer = max(share, key=lambda place: share[place])
     where = role if layer == "–" else f"{role} of layer {layer}"
     finding = (
-        f"Strength {record.resolved['strength']:g} at every layer with a cell; it took most of {where}: "
+        f"Strength {record.resolved['strength']:g} at every layer with a cell; it took most from {where}: "
         f"{share[role, layer]:.3g}% of its norm."
     )
     values = [[share.get((role, column)) for column in columns] for role in roles]
@@ -247,7 +240,7 @@ def categories(record: RunRecord, kind: str) -> Panel | None:
         base, edited = (wilson(c[which], c["n"]) for which in ("base", "edited"))
         both = [_bounds(tuple(100 * v for v in bounds)) for bounds in (base, edited)]
         said = f"{c['base']} → {c['edited']} of {c['n']}"
-        drawn.append(Row(name, both[0], both[1], Scale(0, 100), said, "{:.3g}%"))
+        drawn.append(Row(name, both[0], both[1], Scale(0, 100), said, "{:.0f}", "%"))
         numbers.append(
             [name, str(c["n"]), *(f"{b.value:.1%} [{100 * b.low:.0f}, {100 * b.high:.0f}]" for b in (base, edited))]
         )

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from abliterate.errors import CheckpointError
+
 SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -62,7 +64,8 @@ class RunRecord:
     @property
     def direction_from_elsewhere(self) -> bool:
         """Whether the direction was found on another checkpoint than the one that was edited."""
-        return bool(self.direction["source"] and self.direction["source"].get("model") != self.model_fingerprint)
+        source = self.direction.get("source")
+        return bool(source and source.get("model") != self.model_fingerprint)
 
     @property
     def as_dict(self) -> dict[str, Any]:
@@ -75,5 +78,17 @@ class RunRecord:
 
     @classmethod
     def load(cls, path: Path) -> RunRecord:
-        """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read what `save` wrote, also of earlier versions.
+
+        Raises:
+            CheckpointError: no such file, or not a run record.
+        """
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(value, dict) or value.get("tool") != "abliterate" or value.get("schema") != SCHEMA:
+                raise ValueError(f"expected the record of a run, schema {SCHEMA}")
+            return cls(**value)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a run record of this version ({error})") from None

@@ -44,8 +44,10 @@ class Scale:
     log: bool = False
 
     @classmethod
-    def over(cls, values: Iterable[float | None], *, zero: bool = False, log: bool = False) -> Scale:
-        """A scale with round ends that holds all finite values; of none it is 0 to 1, or one decade."""
+    def over(
+        cls, values: Iterable[float | None], *, zero: bool = False, log: bool = False, tight: bool = False
+    ) -> Scale:
+        """A scale that holds all finite values, with round ends unless `tight`; of none it is 0 to 1, or one decade."""
         known = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not log)]
         if log:
             first = math.floor(math.log10(min(known, default=1.0)))
@@ -56,6 +58,8 @@ class Scale:
             low, high = min(low, 0.0), max(high, 0.0)
         if high == low:
             low, high = (low, low + 1) if zero or not low else (low - abs(low) / 2, low + abs(low) / 2)
+        if tight:
+            return cls(low - 0.03 * (high - low), high + 0.03 * (high - low))
         step = _step((high - low) / 4)
         return cls(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
 
@@ -89,6 +93,11 @@ def plain(value: float) -> str:
         mantissa, exponent = f"{value:.0e}".split("e")
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
     return f"{value:.6g}".replace("-", "−")
+
+
+def number(value: float) -> str:
+    """Three significant digits with a true minus sign."""
+    return f"{value:.3g}".replace("-", "−")
 
 
 def percent(share: float) -> str:
@@ -125,15 +134,15 @@ def plot(label: str, height: int, *inside: Markup, left: int = 0) -> Markup:
     return tag("div", drawn, class_="plot", style=f"padding-left:{left}px" if left else None)
 
 
-def below(names: Sequence[str], n: int, y: int, offset: float = 0.0) -> list[Markup]:
-    """About ten of the names along the bottom, on every phone."""
-    every = max(1, math.ceil(n / 9))
-    every = next((e for e in (1, 2, 5, 10, 20, 50) if e >= every), every)
-    return [
-        tag("text", name, x=percent(j / n + offset), y=y, class_="tick middle")
-        for j, name in enumerate(names)
-        if j % every == 0
-    ]
+def below(names: Sequence[str], n: int, y: int, offset: float = 0.0, word: str = "layer") -> list[Markup]:
+    """About ten of the names along the bottom, so that they fit on a phone; numbers are round ones."""
+    rough = max(1, math.ceil(n / 9))
+    every = next((e for e in (1, 2, 5, 10, 20, 50) if e >= rough), rough)
+    shown = [j for j, name in enumerate(names) if not name.isdigit() or int(name) % every == 0]
+    if every > 1 and len(shown) > 1 and not names[shown[0]].isdigit():
+        shown.pop(1)  # 0 has no room beside what stands before the layers
+    found = [tag("text", names[j], x=percent(j / n + offset), y=y, class_="tick middle") for j in shown]
+    return [tag("text", word, x=-8, y=y, class_="tick end"), *found]
 
 
 def left(scale: Scale, height: int, form: str | None = None) -> list[Markup]:
