@@ -62,7 +62,7 @@ class Outline(HTMLParser):
         self.elements.append((tag, dict(attrs)))
         self._inside = tag
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, _tag: str) -> None:
         """Leave it."""
         self._inside = ""
 
@@ -207,9 +207,8 @@ def test_the_verb_never_overwrites(
 def test_the_card_carries_the_licence_of_the_base(refusing: Refusing, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(refusing.folder, base)
-    (base / "README.md").write_text(
-        '---\nlicense: other\nlicense_name: "a: b\\nc"\nlanguage: [en, fr]\ndatasets: [x]\ndate: 2024-01-01\n---\n# Base\n'
-    )
+    said = 'license: other\nlicense_name: "a: b\\nc"\nlanguage: [en, fr]\ndatasets: [x]\ndate: 2024-01-01'
+    (base / "README.md").write_text(f"---\n{said}\n---\n# Base\n")
     record = abliterate.run(str(base), tmp_path / "out", evaluate=False, **refusing.options)
     assert record.base_card == {"license": "other", "license_name": "a: b\nc", "language": ["en", "fr"]}
     head = (tmp_path / "out" / "README.md").read_text().split("---")[1]
@@ -319,8 +318,8 @@ def probed(chosen: tuple[RunRecord, Path], tmp_path: Path) -> Path:
 def test_every_chart_is_seen_and_nothing_sticks_out(width: int, dark: bool, probed: Path, tmp_path: Path) -> None:
     # A window is never as narrow as a phone; a frame in it is.
     frame = tmp_path / "frame.html"
-    frame.write_text(f'<body style="margin:0"><iframe style="border:0;width:{width}px;height:9000px" src="probed.html"></iframe>'
-                     '<script>onmessage = (e) => { document.title = e.data; }</script>')  # fmt: skip
+    size = f"border:0;width:{width}px;height:9000px"
+    frame.write_text(f'<body style="margin:0"><iframe style="{size}" src="probed.html"></iframe>')
     probed.write_text(probed.read_text().replace("document.title = JSON", "parent.document.title = JSON"))
     more = ["--allow-file-access-from-files", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
     dom = chromium(tmp_path, frame, "--dump-dom", "--virtual-time-budget=3000", *more)

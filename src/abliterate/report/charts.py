@@ -219,6 +219,7 @@ def dots(series: Sequence[Dots], columns: Sequence[str], label: str, height: int
 def histogram(values: Sequence[float], scale: Scale, label: str, marks: Sequence[tuple[str, float]] = ()) -> Markup:
     """Counts in bins of equal width on the given scale, with values marked by name above them."""
     known, bins, height = [v for v in values if math.isfinite(v)], 24, 110
+    marks = [(name, value) for name, value in marks if math.isfinite(value)]
     counts = [0] * bins
     for value in known:
         counts[min(bins - 1, int(scale.share(value) * bins))] += 1

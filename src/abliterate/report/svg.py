@@ -21,6 +21,8 @@ _SHAPES = {
     "cross": "M-4,-4L4,4M-4,4L4,-4",
 }
 SHAPES = tuple(_SHAPES)
+#: What is smaller counts as zero on a logarithmic scale.
+_LEAST = 1e-300
 
 
 def tag(name: str, *inside: object, **attributes: object) -> Markup:
@@ -48,7 +50,7 @@ class Scale:
         cls, values: Iterable[float | None], *, zero: bool = False, log: bool = False, tight: bool = False
     ) -> Scale:
         """A scale that holds all finite values, with round ends unless `tight`; of none it is 0 to 1, or one decade."""
-        known = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not log)]
+        known = [v for v in values if v is not None and math.isfinite(v) and (v > _LEAST or not log)]
         if log:
             first = math.floor(math.log10(min(known, default=1.0)))
             last = math.ceil(math.log10(max(known, default=1.0)))
