@@ -341,7 +341,7 @@ def test_the_page_as_it_is_published_is_drawn(
 ) -> None:
     html = chosen[1] / "abliteration" / "report.html"
     more = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    chromium(tmp_path, html, f"--screenshot={tmp_path / 'shot.png'}", *more, width=width)
+    chromium(tmp_path, html, f"--screenshot={tmp_path / 'shot.png'}", *more, width=width, height=500)
     image = pixels(tmp_path / "shot.png")
     luminance = image.mean(-1)
     assert (np.median(luminance) < 60) == dark
