@@ -52,23 +52,23 @@ def page(record: RunRecord, name: str, *, unfinished: bool = False) -> str:
 
 def lead(record: RunRecord) -> str:
     """What was done, in one sentence."""
-    where = record.direction
+    where, model = record.direction, record.hub_id or Path(record.model).name or record.model
     if not where:
-        return f"No direction has been chosen for {record.model} yet."
+        return f"No direction has been chosen for {model} yet."
     if where.get("layer") is None:
         found = f"A direction of the residual stream ({where['method']})"
     else:
         layers = record.resolved.get("n_layers")
-        of = f" of {layers} (from 0)" if layers else ""
+        of = f" (of 0 to {layers - 1})" if layers else ""
         found = (
             f"The refusal direction found at layer {where['layer']}{of}, position {panels.minus(where['position'])},"
         )
     if not record.edits:
-        return f"{found} is chosen for {record.model}; no weight has been edited yet."
+        return f"{found} is chosen for {model}; no weight has been edited yet."
     verb = (
         "is taken out by a LoRA adapter for" if record.resolved.get("format") == "adapter" else "was projected out of"
     )
-    done = f"{found} {verb} {len(record.edits)} tensors of {record.model} at strength {record.resolved['strength']:g}"
+    done = f"{found} {verb} {len(record.edits)} tensors of {model} at strength {record.resolved['strength']:g}"
     for metric, called in (
         ("refusal_rate", "refusals of {} harmful test prompts went from {:.1%} to {:.1%}"),
         ("refusal_score", "the refusal score of {} harmful test prompts went from {:.2f} to {:.2f}"),

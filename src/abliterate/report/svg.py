@@ -21,7 +21,7 @@ _SHAPES = {
     "cross": "M-4,-4L4,4M-4,4L4,-4",
 }
 SHAPES = tuple(_SHAPES)
-#: What is smaller counts as zero on a logarithmic scale.
+#: What is smaller counts as zero.
 _LEAST = 1e-300
 
 
@@ -58,8 +58,9 @@ class Scale:
         low, high = min(known, default=0.0), max(known, default=1.0)
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)
-        if high == low:
-            low, high = (low, low + 1) if zero or not low else (low - abs(low) / 2, low + abs(low) / 2)
+        size = max(abs(low), abs(high))
+        if high - low <= max(_LEAST, 1e-12 * size):  # one value: it needs room to stand in
+            low, high = (low - size / 2, low + size / 2) if size > _LEAST else (0.0, 1.0)
         if tight:
             return cls(low - 0.03 * (high - low), high + 0.03 * (high - low))
         step = _step((high - low) / 4)
@@ -68,8 +69,8 @@ class Scale:
     def share(self, value: float) -> float:
         """0 at the low end, 1 at the high end; what lies outside is put at the end."""
         if self.log:
-            span = math.log(self.high / self.low)
-            return min(1.0, max(0.0, math.log(value / self.low) / span)) if value > 0 else 0.0
+            span = math.log(self.high) - math.log(self.low)
+            return min(1.0, max(0.0, (math.log(value) - math.log(self.low)) / span)) if value > 0 else 0.0
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
     @property
