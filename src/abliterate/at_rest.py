@@ -5,14 +5,14 @@ Runs no model and imports no torch, unless an architecture must be learned.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub.repocard import metadata_load
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpoint, resolve_model
 from abliterate.checkpoint.stream import require_disk, tensor_sha256
@@ -34,6 +34,8 @@ from abliterate.workspace import Workspace, check_output
 
 #: Disk that the way back and the records take, as a share of the model; measured at one to three hundredths.
 _BESIDE = 0.05
+#: Characters of a model's card in which its metadata must stand.
+_HEAD = 1 << 16
 
 
 def find_model(model: str) -> Path:
@@ -273,8 +275,12 @@ def require_room(out: Path, checkpoint: Checkpoint) -> None:
 def base_card(folder: Path) -> dict[str, Any]:
     """What a model's own card says of licence, language and task; nothing where it has none that can be read."""
     try:
-        said = metadata_load(folder / "README.md") or {}
+        with (folder / "README.md").open(encoding="utf-8") as file:
+            head = re.match(r"\s*---\n(.*?)\n---\s", file.read(_HEAD), re.DOTALL)
+        said = safe_load(head[1]) if head else None
     except (OSError, ValueError, YAMLError, RecursionError):  # a stranger's file
+        return {}
+    if not isinstance(said, dict):
         return {}
 
     def is_plain(value: Any) -> bool:
