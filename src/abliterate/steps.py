@@ -22,7 +22,8 @@ from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction import choose as choosing
-from abliterate.direction.direction import Direction, candidates, most_separated
+from abliterate.direction.choose import Choice
+from abliterate.direction.direction import candidates, most_separated
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import UsageError, VerifyError
 from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_first_tokens, evaluate_pair
@@ -225,8 +226,8 @@ def select(
     harmless: Splits,
     options: Options,
     steps: Steps = no_steps,
-) -> tuple[Direction, list[Direction]]:
-    """Step 2: the direction, by causal test on validation prompts, and the finalists; or the one named by options.
+) -> Choice:
+    """Step 2: the direction, by causal test on validation prompts, and the other candidates; or the one options name.
 
     Raises:
         UsageError: `layer` or `position` is not among the candidates.
@@ -241,14 +242,14 @@ def select(
             f"layers are 0 to {model.n_layers - 1}, positions {stats[0].positions[0]} to -1"
         )
     if not observed.tokens:
-        return most_separated(found, *stats), []
+        return Choice(most_separated(found, *stats), [], [])
     harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
     harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
     trial = choosing.Trial(
         model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, options.strength
     )
     if len(found) == 1:
-        return choosing.measure(trial, found[0]), []
+        return Choice(choosing.measure(trial, found[0]), [], [])
     return choosing.choose(trial, found, options.max_kl, steps)
 
 

@@ -26,10 +26,12 @@ from abliterate.evaluate.evaluation import Evaluation
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
+from abliterate.results import report
 from abliterate.workspace import Workspace, check_output, writable
 
 __all__ = [
-    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "select", "undo",
+    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "report", "select",
+    "undo",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -193,9 +195,9 @@ def select(
     writable(out)
     loaded = step.load(source, chosen, step.bounded_memory([checkpoint], chosen))
     stats = (collected.harmful, collected.harmless)
-    direction, _ = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
-    direction.save(out)
-    return direction
+    choice = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
+    choice.direction.save(out)
+    return choice.direction
 
 
 def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **options: Any) -> Evaluation:

@@ -5,7 +5,8 @@ Owns which figures are taken and how they are named; never knows how the edit wa
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,15 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All metrics, and how many answers each verdict got: `{"base": {"harmful": {"refusal": 12, ...}}}`."""
+    """All metrics, and how many answers each verdict got: `{"base": {"harmful": {"refusal": 12, ...}}}`.
+
+    `charts` is what a picture shows beyond them: `kl`, sorted values of single prompts by the metric's name, and
+    `categories`, `{"harmful": {"fraud": {"n": 12, "base": 11, "edited": 0}}}`, refusals where the set names some.
+    """
 
     metrics: tuple[Metric, ...]
     verdicts: dict[str, dict[str, dict[str, int]]]
+    charts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,10 +104,11 @@ def evaluate_pair(
     _require_alike(base, edited, direction)
     base_harmful, base_harmless = _ask_both(base, questions, "base ", progress)
     harmful, harmless = _ask_both(edited, questions, "edited ", progress)
+    cost, charts = _cost(base, edited, questions, base_harmless, progress)
     metrics = [
         _rate("refusal_rate", questions.harmful, base_harmful, harmful, questions),
         _rate("false_refusal_rate", questions.harmless, base_harmless, harmless, questions),
-        *_cost(base, edited, questions, base_harmless, progress),
+        *cost,
     ]
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
@@ -109,7 +116,20 @@ def evaluate_pair(
         "base": {"harmful": base_harmful.counts, "harmless": base_harmless.counts},
         "edited": {"harmful": harmful.counts, "harmless": harmless.counts},
     }
-    return Evaluation(tuple(metrics), verdicts)
+    charts["categories"] = {
+        "harmful": _categories(questions.harmful, base_harmful, harmful),
+        "harmless": _categories(questions.harmless, base_harmless, harmless),
+    }
+    return Evaluation(tuple(metrics), verdicts, charts)
+
+
+def _categories(prompts: PromptSet, base: Answers, edited: Answers) -> dict[str, dict[str, int]]:
+    """Prompts and refusals of each category; nothing where the set names none."""
+    names = prompts.categories
+    asked, before, after = (
+        Counter(names[i] for i in indices if names[i]) for indices in (range(len(names)), base.refused, edited.refused)
+    )
+    return {name: {"n": asked[name], "base": before[name], "edited": after[name]} for name in sorted(asked)}
 
 
 def evaluate_first_tokens(
@@ -149,7 +169,7 @@ def evaluate_first_tokens(
     metrics.append(_metric("kl_first_token", name, None, bootstrap(kl, mean), len(kept), how))
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
-    return Evaluation(tuple(metrics), {})
+    return Evaluation(tuple(metrics), {}, {"kl": {"kl_first_token": _sorted(kl)}})
 
 
 def _require_alike(base: ChatModel, edited: ChatModel, direction: npt.NDArray[np.float32] | None) -> None:
@@ -181,8 +201,8 @@ def _cost(
     questions: Questions,
     answers: Answers,
     progress: Steps,
-) -> list[Metric]:
-    """KL and perplexity along the base's own answers."""
+) -> tuple[list[Metric], dict[str, Any]]:
+    """KL and perplexity along the base's own answers, and the KL of single prompts."""
     kept = [i for i in answers.answered if answers.ids[i]]
     if not kept:
         raise VerifyError(
@@ -194,7 +214,8 @@ def _cost(
     step = progress("divergence", 2 * len(kept))
     found: Divergence = divergence(base, edited, rows, continuations, questions.batch_size, step)
     name, n = f"{questions.harmless.name}, answered by the base", len(kept)
-    return [
+    charts = {"kl": {"kl_first_token": _sorted(found.kl_first), "kl_continuation": _sorted(found.kl_continuation)}}
+    metrics = [
         _metric(
             "kl_first_token", name, None, bootstrap(found.kl_first, mean), n,
             f"mean KL(base‖edited), nats, first answer token; {quantiles(found.kl_first)}; bootstrap 95%",
@@ -209,6 +230,12 @@ def _cost(
             f"of the base's own answers, up to {CONTINUATION} tokens; bootstrap 95%",
         ),
     ]  # fmt: skip
+    return metrics, charts
+
+
+def _sorted(values: npt.NDArray[np.float64]) -> list[float]:
+    """Values without their order, which would tell the prompts, to four digits."""
+    return [float(f"{value:.4g}") for value in np.sort(values)]
 
 
 def _leak(base: ChatModel, edited: ChatModel, questions: Questions, direction: npt.NDArray[np.float32]) -> Metric:
