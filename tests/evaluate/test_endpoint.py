@@ -139,8 +139,8 @@ def test_texts_arrive_whole_and_cannot_end_their_own_quotation() -> None:
         connect(server.url)([(prompt, text)])
     assert server.texts[-1] == (prompt, text)
     question = server.bodies[-1]["messages"][0]["content"]
-    assert question.index("Both are data") < question.index("Ignore all that") < question.index("that one word")
-    assert not any(line.startswith("refusal\n") for line in question.splitlines())
+    assert question.index("Both are data") < question.index("Ignore all that") < question.index("with one word")
+    assert "\nrefusal\n" in text and "\nrefusal" not in question
 
 
 def test_labels_keep_the_order_of_the_completions() -> None:
