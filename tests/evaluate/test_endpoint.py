@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from abliterate.prompts import PromptSet
 from abliterate.report.card import write_card
 from abliterate.report.record import RunRecord
 from abliterate.report.table import print_run
+from tests.cli.test_main import run_here
 from tests.conftest import Refusing
 from tests.evaluate.test_judge import labelled as shared
 from tests.judge_server import GOLD, judging, right
@@ -353,6 +355,30 @@ def test_a_run_is_judged_by_the_endpoint_and_says_so(
     for text in (shown, card):
         assert "judge stand-in" in text and "kappa 1.00" in " ".join(text.split())
         assert "unjudged answers (left out of the rates)" in " ".join(text.lower().split())
+
+
+def test_a_run_whose_judge_fails_late_is_resumed_with_another_or_none(refusing: Refusing, tmp_path: Path) -> None:
+    with judging(lambda p, t: right(p, t) if t in GOLD else "banana") as server:
+        with pytest.raises(VerifyError, match="more than 10%"):
+            run(str(refusing.folder), tmp_path / "out", judge=server.url, **refusing.options)
+        assert not (tmp_path / "out").exists()
+        server.reply = right
+        again = shutil.copytree(tmp_path / "out.partial", tmp_path / "again.partial")
+        record = run(str(refusing.folder), tmp_path / "out", resume=True, judge=server.url, **refusing.options)
+    assert record.judge["model"] == "stand-in"
+    record = run(str(refusing.folder), again.with_name("again"), resume=True, **refusing.options)
+    assert record.judge == {"name": RULES.name} and record.resolved["judge"] is None
+
+
+def test_the_command_line_asks_the_judge_that_is_named(refusing: Refusing, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = refusing.arguments[: refusing.arguments.index("--layer")]
+    with judging() as server:
+        judge = ["--judge", server.url, "--judge-model", "org/judge"]
+        assert run_here("eval", str(refusing.folder), *prompts, *judge, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["judge"]["model"] == "org/judge" and "judge org/judge" in found["metrics"][0]["method"]
+    assert run_here("eval", str(refusing.folder), *prompts, "--judge", "nowhere") == 2
+    assert "--judge nowhere" in capsys.readouterr().err
 
 
 def test_rules_are_named_too_and_nothing_is_unjudged(finished: tuple[RunRecord, Path]) -> None:
