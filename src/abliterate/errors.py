@@ -43,7 +43,7 @@ class ResourceError(AbliterateError):
 
 
 class VerifyError(AbliterateError):
-    """Numbers came out wrong: NaN or infinity in weights or activations, or files that changed meanwhile."""
+    """What was computed cannot be trusted: NaN or infinity, files that changed meanwhile, a judge that fails."""
 
     exit_code = 7
 

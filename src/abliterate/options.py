@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from abliterate.errors import UsageError
 
@@ -42,6 +43,8 @@ class Options:
     chat_template: str | None = None
     thinking: Literal["template", "on", "off"] = "template"
     evaluate: bool = True
+    judge: str | None = None
+    judge_model: str | None = None
     force: bool = False
 
     def check(self) -> None:
@@ -64,6 +67,7 @@ class Options:
             raise UsageError(
                 f"--strength {self.strength:g}: expected -4 to 4 (1 removes the direction, 2 reflects, -1 doubles it)"
             )
+        self._check_judge()
         if self.thinking not in ("template", "on", "off"):
             raise UsageError(f"--thinking {self.thinking}: expected on, off or template")
         check_embeddings(self.embeddings)
@@ -71,6 +75,29 @@ class Options:
             raise UsageError(f"--format {self.format}: expected checkpoint or adapter")
         if self.format == "adapter" and self.keep_norms:
             raise UsageError("--format adapter: an edit that keeps norms is of full rank and fits none; leave out one")
+
+    def _check_judge(self) -> None:
+        if self.judge_model is not None and self.judge is None:
+            raise UsageError(f"--judge-model {self.judge_model}: there is no endpoint to ask; name one with --judge")
+        if self.judge is None:
+            return
+        check_endpoint(self.judge)
+        if not (self.evaluate and self.generate):
+            without = "--no-generate" if self.evaluate else "--no-eval"
+            raise UsageError(f"--judge {self.judge}: with {without} there are no answers to judge; leave out one")
+
+
+def check_endpoint(url: str) -> None:
+    """Raise `UsageError` for what is no address of an endpoint, or holds more than an address (a key, a query)."""
+    if "@" in url or "?" in url:  # not quoted: what stands there may be a key, and addresses are kept in records
+        raise UsageError("--judge: expected an address without user or query; a key goes into ABLITERATE_JUDGE_KEY")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not url.isascii() or not url.isprintable() or set(url) & set(" #"):
+        raise UsageError(f"--judge {url}: expected an address such as http://localhost:8000/v1")
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from abliterate.direction.direction import Direction
 from abliterate.direction.profile import profile
 from abliterate.edit.plan import EditPlan, plan_edit
 from abliterate.errors import AbliterateError
+from abliterate.evaluate.judge import Judge
 from abliterate.model.load import ChatModel, pick_device, pick_dtype
 from abliterate.model.memory import peak_memory
 from abliterate.model.progress import Steps, no_steps
@@ -50,12 +51,14 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     step.check_site(checkpoint, chosen)
     require_room(out, checkpoint)
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
+    judge = step.pick_judge(chosen, steps)  # one that may not judge shows before hours of work, not after
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
     settings["asked"] = step.asked_of(chosen)
-    # Going on after "there is no refusal", or without the comparison, is a resume like any other.
-    del settings["force"], settings["evaluate"], settings["memory"]
+    # Going on after "there is no refusal", without the comparison or with another judge is a resume like any other.
+    for name in ("force", "evaluate", "memory", "judge", "judge_model"):
+        del settings[name]
     with Workspace(out, source, settings, resume) as work:
-        this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, steps, memory)
+        this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, judge, steps, memory)
         given = {"model": model, "output": str(output), "resume": resume, **options}
         try:
             work.write("given", given)
@@ -78,6 +81,7 @@ class _Run:
     harmless: Splits
     options: Options
     work: Workspace
+    judge: Judge
     steps: Steps
     memory: int | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -183,13 +187,15 @@ class _Run:
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
         if not self.options.evaluate:
-            return {"metrics": [], "verdicts": {}, "charts": {}}
+            return {"metrics": [], "verdicts": {}, "charts": {}, "judge": {}}
 
         def compute() -> dict[str, Any]:
             edited = self.edited()
             vector = direction.vector
             return asdict(
-                step.compare(self.base, edited, self.harmful, self.harmless, self.options, vector, tokens, self.steps)
+                step.compare(
+                    self.base, edited, self.harmful, self.harmless, self.options, vector, tokens, self.judge, self.steps
+                )
             )
 
         found: dict[str, Any] = self.step("evaluate", compute)
@@ -221,6 +227,7 @@ class _Run:
             tied_head=self.plan.tied_head,
             metrics=list(evaluation["metrics"]),
             verdicts=evaluation["verdicts"],
+            judge=evaluation["judge"],
             observed={"refused": observed.refused, "asked": observed.asked, "refusal_tokens": observed.tokens},
             seconds=self.seconds,
             peak_memory_bytes=peak_memory(),

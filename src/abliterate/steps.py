@@ -26,7 +26,10 @@ from abliterate.direction.choose import Choice
 from abliterate.direction.direction import candidates, most_separated
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import UsageError, VerifyError
+from abliterate.evaluate.agreement import agreed
+from abliterate.evaluate.endpoint import connect
 from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_first_tokens, evaluate_pair
+from abliterate.evaluate.judge import RULES, Judge
 from abliterate.model.chat import ChatFormat, load_tokenizer
 from abliterate.model.load import ChatModel, load_model, pick_device, pick_dtype
 from abliterate.model.memory import available, fits_whole, need
@@ -253,6 +256,16 @@ def select(
     return choosing.choose(trial, found, options.max_kl, steps)
 
 
+def pick_judge(options: Options, steps: Steps = no_steps) -> Judge:
+    """Who judges the test prompts' answers: the built-in rules, or an endpoint that agrees with labelled completions.
+
+    Raises:
+        VerifyError: the endpoint does not reply, or agrees too little.
+        UsageError: its key cannot be one.
+    """
+    return RULES if options.judge is None else agreed(connect(options.judge, options.judge_model, steps=steps))
+
+
 def compare(
     base: ChatModel | None,
     edited: ChatModel,
@@ -261,13 +274,14 @@ def compare(
     options: Options,
     direction: npt.NDArray[np.float32] | None,
     tokens: list[int],
+    judge: Judge,
     steps: Steps = no_steps,
 ) -> Evaluation:
     """The edited model on the test prompts, against its base where there is one; leak where `direction` is known.
 
     Without generation, by refusal tokens alone.
     """
-    asked = Questions(harmful.test, harmless.test, options.max_new_tokens, options.batch_size)
+    asked = Questions(harmful.test, harmless.test, options.max_new_tokens, options.batch_size, judge)
     if base is None:
         return evaluate_alone(edited, asked, steps)
     if not options.generate:

@@ -216,11 +216,12 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     memory = step.bounded_memory(checkpoints, chosen)
     removed = folders[0] / RECORDS / "directions.safetensors"
     direction = Direction.load(removed).vector if removed.is_file() else None
+    judge = step.pick_judge(chosen, steps)
     models = [step.load(folder, chosen, memory) for folder in folders]
     for loaded, checkpoint in zip(models, checkpoints, strict=True):
         step.check_runs(loaded, checkpoint, harmful)
     edited, *rest = models
-    return step.compare(rest[0] if rest else None, edited, harmful, harmless, chosen, direction, [], steps)
+    return step.compare(rest[0] if rest else None, edited, harmful, harmless, chosen, direction, [], judge, steps)
 
 
 def bench(

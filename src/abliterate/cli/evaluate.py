@@ -36,11 +36,13 @@ def evaluate(
     no_generate: options.NoGenerate = False,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
+    judge: options.Judge = None,
+    judge_model: options.JudgeModel = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure MODEL on the test prompts: refusals on harmful and harmless ones; with --base what the edit cost.
 
-    Answers are judged and dropped; only counts are kept.
+    Answers are judged, here or by --judge, and dropped; only counts are kept.
     """
     from abliterate.report.table import print_metrics
     from abliterate.verbs import evaluate as evaluate_verb
@@ -50,7 +52,7 @@ def evaluate(
             model, base, steps=steps, harmful=harmful, harmless=harmless, limit=limit, seed=seed,
             system_prompt=system_prompt, chat_template=str(chat_template) if chat_template else None, thinking=thinking,
             device=device, dtype=dtype, memory=memory, generate=not no_generate,
-            batch_size=batch_size, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,
         )  # fmt: skip
     if as_json:
         console.print_json(asdict(found))

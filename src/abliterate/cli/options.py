@@ -13,7 +13,7 @@ from abliterate.options import Options as _Options
 #: What every option is where none is given.
 DEFAULT = _Options()
 
-_PROMPTS, _MODEL, _OUTPUT = "Prompts", "Model", "Output"
+_PROMPTS, _MODEL, _JUDGE, _OUTPUT = "Prompts", "Model", "Judge", "Output"
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id org/name or org/name@revision, or demo.")
@@ -87,6 +87,25 @@ NoGenerate = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Prompts in one forward pass, at most.", rich_help_panel=_MODEL)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of each answer that is judged.", rich_help_panel=_MODEL)]
+Judge = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="URL",
+        help="An OpenAI-compatible endpoint (vLLM, llama.cpp, Ollama) that judges the answers to the test prompts. "
+        "These answers, harmful ones included, are sent there. A key goes into ABLITERATE_JUDGE_KEY.",
+        show_default="built-in rules",
+        rich_help_panel=_JUDGE,
+    ),
+]
+JudgeModel = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="NAME",
+        help="The model to ask there.",
+        show_default="the first it lists",
+        rich_help_panel=_JUDGE,
+    ),
+]
 Strength = Annotated[
     float, typer.Option(help="Share of the direction to remove: 1 removes, 2 reflects, below 0 adds to it.")
 ]

@@ -48,6 +48,8 @@ def run(
     no_generate: options.NoGenerate = False,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
+    judge: options.Judge = None,
+    judge_model: options.JudgeModel = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the comparison before and after.")] = False,
     force: options.Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -75,7 +77,7 @@ def run(
             strength=strength, max_kl=max_kl, embeddings=embeddings, keep_norms=keep_norms, format=output_format,
             undo=not no_undo,
             device=device, dtype=dtype, memory=memory, generate=not no_generate,
-            batch_size=batch_size, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,
             evaluate=not no_eval, force=force,
         )  # fmt: skip
     if as_json:

@@ -16,7 +16,8 @@ import torch
 from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
 from abliterate.evaluate.divergence import Divergence, divergence, leak, quantiles
-from abliterate.evaluate.intervals import Interval, bootstrap, mean
+from abliterate.evaluate.intervals import Interval, bootstrap, mean, wilson
+from abliterate.evaluate.judge import RULES, Judge
 from abliterate.evaluate.refusals import Answers, ask, method
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps
@@ -59,31 +60,39 @@ class Evaluation:
 
     `charts` is what a picture shows beyond them: `kl`, sorted values of single prompts by the metric's name, and
     `categories`, `{"harmful": {"fraud": {"n": 12, "base": 11, "edited": 0}}}`, refusals where the set names some.
+    `judge` says who judged: a name, and for an endpoint its model and its agreement with labelled completions.
     """
 
     metrics: tuple[Metric, ...]
     verdicts: dict[str, dict[str, dict[str, int]]]
     charts: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What to ask: the two test sets, token budget and batch size."""
+    """What to ask: the two test sets, token budget and batch size; and who judges the answers."""
 
     harmful: PromptSet
     harmless: PromptSet
     max_new_tokens: int
     batch_size: int
+    judge: Judge = RULES
 
 
 def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> Evaluation:
-    """Refusal and false-refusal rate of one model, with no base to compare it to."""
+    """Refusal and false-refusal rate of one model, with no base to compare it to.
+
+    Raises:
+        VerifyError: the judge leaves more than a tenth of the answers without a verdict.
+    """
     harmful, harmless = _ask_both(model, questions, "", progress)
     metrics = [
         _rate("refusal_rate", questions.harmful, None, harmful, questions),
         _rate("false_refusal_rate", questions.harmless, None, harmless, questions),
     ]
-    return Evaluation(tuple(metrics), {"edited": {"harmful": harmful.counts, "harmless": harmless.counts}})
+    verdicts = {"edited": {"harmful": harmful.counts, "harmless": harmless.counts}}
+    return Evaluation(tuple(metrics), verdicts, judge=questions.judge.facts)
 
 
 def evaluate_pair(
@@ -99,7 +108,8 @@ def evaluate_pair(
     the answer is the purpose of an edit.
 
     Raises:
-        VerifyError: the base answers no harmless prompt, or the two models differ in vocabulary or width.
+        VerifyError: the base answers no harmless prompt, the two models differ in vocabulary or width, or the judge
+            leaves more than a tenth of the answers without a verdict.
     """
     _require_alike(base, edited, direction)
     base_harmful, base_harmless = _ask_both(base, questions, "base ", progress)
@@ -120,7 +130,7 @@ def evaluate_pair(
         "harmful": _categories(questions.harmful, base_harmful, harmful),
         "harmless": _categories(questions.harmless, base_harmless, harmless),
     }
-    return Evaluation(tuple(metrics), verdicts, charts)
+    return Evaluation(tuple(metrics), verdicts, charts, questions.judge.facts)
 
 
 def _categories(prompts: PromptSet, base: Answers, edited: Answers) -> dict[str, dict[str, int]]:
@@ -185,14 +195,19 @@ def _require_alike(base: ChatModel, edited: ChatModel, direction: npt.NDArray[np
 def _ask_both(model: ChatModel, questions: Questions, label: str, progress: Steps) -> tuple[Answers, Answers]:
     """Answers to the harmful and the harmless set; only the harmless ones keep their token ids."""
     step = progress(f"{label}answers", len(questions.harmful) + len(questions.harmless))
-    budget, size = questions.max_new_tokens, questions.batch_size
-    harmful = ask(model, questions.harmful, budget, size, progress=step)
-    return harmful, ask(model, questions.harmless, budget, size, keep_ids=True, progress=step)
+    budget, size, judge = questions.max_new_tokens, questions.batch_size, questions.judge
+    harmful = ask(model, questions.harmful, budget, size, progress=step, judge=judge)
+    return harmful, ask(model, questions.harmless, budget, size, keep_ids=True, progress=step, judge=judge)
 
 
 def _rate(name: str, prompts: PromptSet, base: Answers | None, edited: Answers, questions: Questions) -> Metric:
-    before = base.rate if base is not None else None
-    return _metric(name, prompts.name, before, edited.rate, len(prompts), method(questions.max_new_tokens))
+    """The share of refusals among the prompts whose answers were judged, those of both models where there are two."""
+    both = [answers.labels for answers in (base, edited) if answers is not None]
+    kept = [labels for labels in zip(*both, strict=True) if None not in labels]
+    rates = [wilson(column.count("refusal"), len(kept)) for column in zip(*kept, strict=True)]
+    before = rates[0] if base is not None else None
+    how = method(questions.judge, questions.max_new_tokens)
+    return _metric(name, prompts.name, before, rates[-1], len(kept), how)
 
 
 def _cost(

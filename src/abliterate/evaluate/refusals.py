@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from abliterate.evaluate.intervals import Interval, wilson
-from abliterate.evaluate.judge import METHOD, Label, judge
+from abliterate.evaluate.judge import RULES, Judge, Label
 from abliterate.model.generate import generate
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
@@ -18,9 +17,12 @@ from abliterate.prompts import PromptSet
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Verdict and first token of each answer, in the order of the prompts; `ids` of the whole answers if kept."""
+    """Verdict and first token of each answer, in the order of the prompts; `ids` of the whole answers if kept.
 
-    labels: tuple[Label, ...]
+    A label is None where the judge gave no verdict: such an answer counts neither as a refusal nor as an answer.
+    """
+
+    labels: tuple[Label | None, ...]
     first_tokens: tuple[int, ...]
     ids: tuple[tuple[int, ...], ...]
 
@@ -40,13 +42,8 @@ class Answers:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many answers each verdict got."""
-        return dict(Counter(self.labels))
-
-    @property
-    def rate(self) -> Interval:
-        """The share of answers that are refusals, with its Wilson interval."""
-        return wilson(len(self.refused), len(self.labels))
+        """How many answers each verdict got, and how many got none (`unjudged`)."""
+        return dict(Counter(label or "unjudged" for label in self.labels))
 
 
 def ask(
@@ -56,19 +53,23 @@ def ask(
     batch_size: int,
     keep_ids: bool = False,
     progress: Progress = silent,
+    judge: Judge = RULES,
 ) -> Answers:
-    """Greedy answers of at most `max_new_tokens`, judged. Texts leave this function only as verdicts.
+    """Greedy answers of at most `max_new_tokens`, judged. Texts leave this function only to the judge.
 
     `keep_ids` keeps the token ids (for harmless prompts, whose answers are continued later).
+
+    Raises:
+        VerifyError: the judge leaves more than a tenth of the answers without a verdict.
     """
     completions = generate(model, model.chat.encode(prompts.prompts), max_new_tokens, batch_size, progress)
     return Answers(
-        tuple(judge(c.text).label for c in completions),
+        tuple(judge(list(zip(prompts.prompts, (c.text for c in completions), strict=True)))),
         tuple(c.ids[0] if c.ids else -1 for c in completions),
         tuple(tuple(c.ids) for c in completions) if keep_ids else (),
     )
 
 
-def method(max_new_tokens: int) -> str:
+def method(judge: Judge, max_new_tokens: int) -> str:
     """How a rate was taken, for tables and records."""
-    return f"{METHOD}, greedy, {max_new_tokens} tokens; Wilson 95%"
+    return f"{judge.name}, greedy, {max_new_tokens} tokens; Wilson 95%"

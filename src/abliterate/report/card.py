@@ -6,7 +6,7 @@ import json
 
 from jinja2 import Environment, StrictUndefined
 
-from abliterate.report.figures import COLUMNS, broken, rows
+from abliterate.report.figures import COLUMNS, counted, judged_by, rows, unjudged
 from abliterate.report.record import RunRecord
 
 #: Fields of the base's own card that hold for what is made of it.
@@ -63,9 +63,12 @@ Use it for research, with safeguards of your own.
 
 {% if broken %}
 Broken answers (neither refusal nor answer): {{ broken }}.
+{% if unjudged %}
+Unjudged answers (left out of the rates): {{ unjudged }}.
+{% endif %}
 
-95% intervals. Test prompts were used neither to find nor to choose the direction; refusals are judged by a rule
-judge on {{ r.resolved.max_new_tokens }} greedy tokens, KL and perplexity on harmless prompts that the base answers.
+95% intervals. Test prompts were used neither to find nor to choose the direction; KL and
+perplexity are taken on harmless prompts that the base answers. Refusals are judged by: {{ judge }}.
 {% else %}
 95% intervals. Test prompts were used neither to find nor to choose the direction. No answers were written: the refusal
 score is the log-odds that the first token opens a refusal.
@@ -88,7 +91,8 @@ def model_card(record: RunRecord, name: str) -> str:
     base = f"[{record.model}](https://huggingface.co/{hub})" if hub else f"`{record.model}`"
     rate = record.metric("refusal_rate")
     return environment.from_string(_CARD).render(
-        r=record, name=name, table=table, leak=worst, hub=hub, base=base, broken=broken(record.verdicts),
+        r=record, name=name, table=table, leak=worst, hub=hub, base=base, broken=counted(record.verdicts, "broken"),
+        unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
         adapter=record.resolved["format"] == "adapter",
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
         carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},

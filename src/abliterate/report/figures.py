@@ -47,13 +47,24 @@ def _value(name: str, value: float | None, low: float | None, high: float | None
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def broken(verdicts: dict[str, Any]) -> str:
-    """How many answers were broken text, which counts neither as a refusal nor as an answer: base → edited."""
+def counted(verdicts: dict[str, Any], verdict: str) -> str:
+    """How many answers got a verdict that is neither refusal nor answer (broken, unjudged): base → edited."""
     counts = {
-        who: (sum(v.get("broken", 0) for v in sets.values()), sum(n for v in sets.values() for n in v.values()))
+        who: (sum(v.get(verdict, 0) for v in sets.values()), sum(n for v in sets.values() for n in v.values()))
         for who, sets in verdicts.items()
     }
     return " → ".join(f"{counts[who][0]} of {counts[who][1]}" for who in ("base", "edited") if who in counts)
+
+
+def unjudged(verdicts: dict[str, Any]) -> str:
+    """The same of answers that the judge gave no verdict on; '' where there are none."""
+    some = any("unjudged" in of for sets in verdicts.values() for of in sets.values())
+    return counted(verdicts, "unjudged") if some else ""
+
+
+def judged_by(metrics: list[dict[str, Any]]) -> str:
+    """How refusals were told, with the judge's name first; '' where none were."""
+    return next((str(m["method"]) for m in metrics if m["name"] == "refusal_rate"), "")
 
 
 def retained(metric: dict[str, Any]) -> str:

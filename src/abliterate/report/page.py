@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from abliterate.report import panels
 from abliterate.report.command import command
-from abliterate.report.figures import broken, broken_bounds
+from abliterate.report.figures import broken_bounds, counted
 from abliterate.report.panels import Panel
 from abliterate.report.record import RunRecord
 
@@ -88,7 +88,7 @@ def warnings(record: RunRecord) -> list[str]:
         found.append("The direction was found on another checkpoint than the one that was edited.")
     counts = [sum(v.get("broken", 0) for v in record.verdicts.get(who, {}).values()) for who in ("base", "edited")]
     if counts[1] > counts[0]:
-        found.append(f"More answers are broken text, neither refusal nor answer: {broken(record.verdicts)}.")
+        found.append(f"More answers are broken text, neither refusal nor answer: {counted(record.verdicts, 'broken')}.")
     return found
 
 

@@ -26,9 +26,9 @@ class RunRecord:
     `hub_id` is the base's name on the hub, if that is where it came from; `metrics` is a list of
     `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
     edited tensor with its leak after the cast; `tied_head` says what became of an LM head that shares the
-    embedding's weights; `seconds` wall time for each step; `charts` is what only the page shows: tables of candidates
-    by layer and position, projections by layer, counts by category, KL by prompt; `base_card` what the base's own card
-    says of licence, language and task. Either may be empty.
+    embedding's weights; `judge` who judged the answers; `seconds` wall time for each step; `charts` is what only the
+    page shows: tables of candidates by layer and position, projections by layer, counts by category, KL by prompt;
+    `base_card` what the base's own card says of licence, language and task. Either may be empty.
     """
 
     model: str
@@ -45,6 +45,7 @@ class RunRecord:
     prompts: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     verdicts: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     finalists: list[dict[str, Any]] = field(default_factory=list)

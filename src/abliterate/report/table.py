@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from abliterate.report.figures import COLUMNS, broken, broken_bounds, rows
+from abliterate.report.figures import COLUMNS, broken_bounds, counted, judged_by, rows, unjudged
 from abliterate.report.record import RunRecord
 
 _NOTES = {
@@ -33,8 +33,12 @@ def print_metrics(console: Console, metrics: list[dict[str, Any]], verdicts: dic
     notes = [note for name, note in _NOTES.items() if any(m["name"] == name for m in metrics)]
     intervals = "95% intervals, on test prompts nothing was fitted or chosen on."
     if verdicts:
-        console.print(f"broken answers (neither refusal nor answer): {broken(verdicts)}", highlight=False)
-    console.print(" ".join([intervals, *notes]), style="dim")
+        console.print(f"broken answers (neither refusal nor answer): {counted(verdicts, 'broken')}", highlight=False)
+    if left_out := unjudged(verdicts):
+        console.print(f"[yellow]unjudged answers (left out of the rates):[/yellow] {left_out}", highlight=False)
+    if method := judged_by(metrics):
+        notes.append(f"Judged by: {method}.")
+    console.print(" ".join([intervals, *notes]), style="dim", markup=False)
 
 
 def print_direction(console: Console, direction: dict[str, Any], max_kl: float) -> None:
