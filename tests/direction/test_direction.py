@@ -16,7 +16,8 @@ from abliterate.activations.stats import ActivationStats
 from abliterate.checkpoint import open_checkpoint
 from abliterate.direction import choose as choosing
 from abliterate.direction.choose import Trial, choose, measure
-from abliterate.direction.direction import Direction, candidates, most_separated
+from abliterate.direction.direction import Direction, candidates, most_separated, separation
+from abliterate.direction.profile import profile
 from abliterate.direction.refusal_score import refusal_score, refusal_tokens
 from abliterate.edit.plan import plan_edit
 from abliterate.errors import CheckpointError, NoRefusalError, VerifyError
@@ -66,6 +67,29 @@ def test_most_separated_finds_the_planted_difference() -> None:
     x, y = stats(a, "x"), stats(b, "y")
     best = most_separated(candidates(x, y, 3), x, y)
     assert (best.layer, best.position) == (1, -2)
+
+
+def test_the_profile_says_of_every_site_what_the_statistics_hold() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 2, 8)), rng.normal(size=(3, 2, 8))
+    a[0, 1] = b[0, 1]  # no candidate there
+    x, y = stats(a, "x"), stats(b, "y")
+    found = candidates(x, y, 3)
+    tried = [
+        dataclasses.replace(d, scores={"base": 2.0, "ablated": float(i), "prompts": 2}) for i, d in enumerate(found)
+    ]
+    table, best = profile(found[0], x, y, tried), found[0]
+    assert table["positions"] == [-2, -1] and table["fall_prompts"] == 2
+    assert table["separation"][0][1] is None and table["fall"][0] == [2.0, None] and table["fall"][1][0] == 1.0
+    for d in found:
+        assert d.layer is not None and d.position is not None
+        shown = table["separation"][d.layer][table["positions"].index(d.position)]
+        assert shown == pytest.approx(separation(d, x, y), rel=1e-3)
+    means = table["projections"]
+    assert means["harmful_mean"] == pytest.approx((a[:, 0] @ best.vector).tolist(), rel=1e-3)
+    assert means["harmful_mean"][0] - means["harmless_mean"][0] == pytest.approx(best.scale, rel=1e-2)
+    assert min(means["harmful_spread"]) > 0 and all(len(row) == 3 for row in means.values())
+    assert profile(dataclasses.replace(best, position=None), x, y, [])["projections"] is None
 
 
 def test_a_direction_survives_its_file_and_others_are_refused(tmp_path: Path) -> None:

@@ -149,6 +149,17 @@ def test_an_edit_alone_has_a_page(chosen: tuple[RunRecord, Path], refusing: Refu
     assert f"abliterate edit {refusing.folder} --direction {direction}" in found.text and "--keep-norms" in found.text
 
 
+def test_an_adapter_of_two_directions_and_a_run_without_answers_have_pages(refusing: Refusing, tmp_path: Path) -> None:
+    np.save(tmp_path / "two.npy", np.eye(2, 64))
+    abliterate.verbs.edit(str(refusing.folder), tmp_path / "two.npy", tmp_path / "adapter", format="adapter")
+    found = Outline((tmp_path / "adapter" / "abliteration" / "report.html").read_text())
+    assert "The span of 2 directions" in found.text and "LoRA adapter for 9 tensors" in found.text
+    abliterate.run(str(refusing.folder), tmp_path / "out", generate=False, **refusing.options)
+    found = Outline((tmp_path / "out" / "abliteration" / "report.html").read_text())
+    assert found.figures() == ["before-after", "separation", "projections", "removed", "leak", "kl_first_token"]
+    assert "the refusal score of" in found.text and "--no-generate" in found.text
+
+
 @pytest.mark.parametrize(("cut", "shown"), [("select", []), ("compare", PANELS[1:3] + PANELS[4:7])])
 def test_an_unfinished_run_has_a_page_of_what_there_is(
     cut: str, shown: list[str], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

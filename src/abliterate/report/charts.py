@@ -83,7 +83,7 @@ class Cells:
 def heat_map(cells: Cells, label: str) -> Markup:
     """Cells the darker the larger their value, the chosen one framed, with a key of the scale."""
     known = [v for row in cells.values for v in row if v is not None and math.isfinite(v)]
-    low, high = min(known, default=0.0), max(known, default=0.0)
+    low, high = min([0.0, *known]), max([0.0, *known])  # from zero, so that small differences look small
     n, top, size = max(1, len(cells.columns)), 18 if cells.chosen else 0, 26
     inside = []
     for i, row in enumerate(cells.values):

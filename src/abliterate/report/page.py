@@ -56,7 +56,9 @@ def lead(record: RunRecord) -> str:
     if not where:
         return f"No direction has been chosen for {model} yet."
     if where.get("layer") is None:
-        found = f"A direction of the residual stream ({where['method']})"
+        rank = where.get("rank", 1)
+        what = "A direction" if rank == 1 else f"The span of {rank} directions"
+        found = f"{what} of the residual stream ({where['method']})"
     else:
         layers = record.resolved.get("n_layers")
         of = f" (of 0 to {layers - 1})" if layers else ""

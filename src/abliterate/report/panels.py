@@ -21,6 +21,10 @@ from abliterate.report.svg import SHAPES, Scale, key, number
 BEFORE_AFTER = key([("circle", "base", "base"), ("diamond", "edited", "edited")])
 
 
+#: As in tables, but for what is short there only because it stands below what it refers to.
+_NAMES = LABELS | {"refusal_score_harmless": "refusal score, harmless"}
+
+
 @dataclass(frozen=True)
 class Panel:
     """A chart with what it shows (`finding`), how it is to be read, and its numbers; without a picture the table."""
@@ -64,7 +68,7 @@ def _row(m: dict[str, Any]) -> Row:
     form = "{:.2f}" if m["name"] == "leak" else "{:.1f}" if share else "{:.3g}"
     unit = "%" if share else ""
     said = " → ".join(form.format(v).replace("-", "−") + unit for v in (base[0], edited[0]) if v is not None)
-    return Row(LABELS.get(m["name"], m["name"]), _bounds(base), _bounds(edited), scale, said, form, unit)
+    return Row(_NAMES.get(m["name"], m["name"]), _bounds(base), _bounds(edited), scale, said, form, unit)
 
 
 def _bounds(values: tuple[float | None, ...]) -> Bounds:
