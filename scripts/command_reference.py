@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 TARGET = Path(__file__).parent.parent / "docs" / "commands.md"
-VERBS = ("", "run", "collect", "select", "edit", "eval")
+VERBS = ("", "run", "collect", "select", "edit", "inspect", "undo", "compare", "eval", "bench", "report")
 INTRO = """# Commands
 
 What `--help` says, at 80 columns. Written by `scripts/command_reference.py`; do not edit.

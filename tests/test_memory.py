@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import abliterate
 from abliterate import steps, verbs
 from abliterate.direction.direction import Direction
-from abliterate.errors import NoRefusalError, ResourceError, UsageError
+from abliterate.errors import CheckpointError, NoRefusalError, ResourceError, UsageError
 from abliterate.model import memory
 from abliterate.options import Options, parse_bytes, parse_part
 from tests.conftest import Refusing
@@ -26,7 +28,7 @@ def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "four", "4XB", "-1", "0", "1e9"])
+@pytest.mark.parametrize("text", ["", "four", "4XB", "-1", "0", "1e9", "9" * 400 + "GiB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--memory"):
         Options(memory=text).check()
@@ -56,7 +58,7 @@ def test_a_run_within_a_bound_gives_what_a_run_without_one_gives(
     options = refusing.options | {"generate": generate}
     free = abliterate.run(str(refusing.folder), tmp_path / "free", **options)
     with caplog.at_level(logging.INFO, "abliterate"):
-        tight = abliterate.run(str(refusing.folder), tmp_path / "tight", memory="400MB", **options)
+        tight = abliterate.run(str(refusing.folder), tmp_path / "tight", memory="150MB", **options)
     assert "block by block: about" in caplog.text and ("--no-generate" in caplog.text) == generate
     assert free.verdicts == tight.verdicts and free.observed == tight.observed
     assert not generate or free.verdicts["base"]["harmful"]["refusal"] > 0
@@ -145,3 +147,49 @@ def test_a_collection_that_was_interrupted_goes_on(
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "harmful.safetensors", "harmless.safetensors", "observed.json",
     ]  # fmt: skip
+
+
+def own_prompts(refusing: Refusing, folder: Path) -> dict[str, Any]:
+    """The options of a refusing model, with prompt files of our own to change."""
+    found = dict(refusing.options)
+    for kind in ("harmful", "harmless"):
+        found[kind] = str(Path(shutil.copy(found[kind], folder / f"{kind}.txt")))
+    return found
+
+
+def test_other_prompts_under_the_same_name_are_not_gone_on_with(
+    refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = own_prompts(refusing, tmp_path)
+    parts = [tmp_path / str(i) for i in range(2)]
+    options = {k: v for k, v in options.items() if k not in ("layer", "position")}
+    verbs.collect(str(refusing.folder), parts[0], prompts="0/2", **options)
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(steps, "collect_both", stop)
+        verbs.collect(str(refusing.folder), parts[1], prompts="1/2", **options)
+    harmful = Path(options["harmful"])
+    harmful.write_text("\n".join(reversed(harmful.read_text().splitlines()[1:])) + "\n")
+    with pytest.raises(UsageError, match="other settings"):
+        verbs.collect(str(refusing.folder), parts[1], prompts="1/2", resume=True, **options)
+    shutil.rmtree(tmp_path / "1.partial")
+    verbs.collect(str(refusing.folder), parts[1], prompts="1/2", **options)
+    with pytest.raises(UsageError, match="harmful prompts are not those in"):
+        verbs.merge(list(parts), tmp_path / "merged")
+    with pytest.raises(UsageError, match="harmful prompts are not those now"):
+        verbs.select(str(refusing.folder), parts[0], tmp_path / "d.safetensors", device="cpu", dtype="float32")
+    record = parts[0] / "observed.json"
+    value = json.loads(record.read_text())
+    value["observed"]["harmful_train"].pop()
+    record.write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        verbs.Collected.load(parts[0])
+
+
+def test_a_template_that_cannot_be_read_leaves_nothing(refusing: Refusing, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="missing"):
+        verbs.collect(str(refusing.folder), tmp_path / "out", chat_template=str(tmp_path / "missing.jinja"))
+    assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ from abliterate.errors import (
 from abliterate.evaluate.evaluation import _metric
 from abliterate.evaluate.intervals import Interval
 from abliterate.prompts import load_prompts, split
-from abliterate.report.card import write_card
+from abliterate.report.card import model_card
 from abliterate.report.record import RunRecord
 from abliterate.report.table import print_run
 from tests.conftest import Refusing
@@ -305,8 +305,7 @@ def said(record: RunRecord, tmp_path: Path) -> tuple[str, str]:
     """What the terminal and the card say of a record."""
     stream = io.StringIO()
     print_run(Console(file=stream, width=80), record, "out")
-    write_card(record, "out", tmp_path / "card.md")
-    return stream.getvalue(), (tmp_path / "card.md").read_text()
+    return stream.getvalue(), model_card(record, "out")
 
 
 def test_broken_answers_and_failed_bounds_are_said(refusing: Refusing, tmp_path: Path) -> None:

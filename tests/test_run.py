@@ -36,6 +36,9 @@ from tests.conftest import Refusing
 METRICS = ["refusal_rate", "false_refusal_rate", "kl_first_token", "kl_continuation", "perplexity", "leak"]
 
 
+TIMED = ("abliteration/run.json", "abliteration/report.html", "README.md")
+
+
 def contents(folder: Path) -> dict[str, str]:
     """The hash of every file below a folder."""
     return {
@@ -47,7 +50,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def weights(folder: Path) -> dict[str, str]:
     """The hash of everything in a result but its record, which holds times."""
-    return {name: h for name, h in contents(folder).items() if name not in ("abliteration/run.json", "README.md")}
+    return {name: h for name, h in contents(folder).items() if name not in TIMED}
 
 
 def test_refusals_fall_and_false_refusals_do_not_rise(finished: tuple[RunRecord, Path]) -> None:
@@ -99,7 +102,7 @@ def test_the_result_is_a_complete_checkpoint_of_the_same_layout(
 ) -> None:
     _, out = finished
     before, after = contents(refusing.folder), contents(out)
-    extra = {"README.md", "abliteration/run.json", "abliteration/directions.safetensors", "abliteration/undo.json"}
+    extra = {*TIMED, "abliteration/directions.safetensors", "abliteration/undo.json"}
     assert {name for name in after if not name.startswith("abliteration/undo/")} == set(before) | extra
     assert all(after[name] == h for name, h in before.items() if not name.endswith(".safetensors"))
     assert len([name for name in after if name.startswith("model-")]) > 1

@@ -5,11 +5,14 @@ Runs no model and imports no torch, unless an architecture must be learned.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
+
+from yaml import YAMLError, safe_load
 
 from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpoint, resolve_model
 from abliterate.checkpoint.stream import require_disk, tensor_sha256
@@ -24,12 +27,15 @@ from abliterate.edit.untie import BASE_FILES
 from abliterate.errors import AbliterateError, UsageError, VerifyError
 from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options, check_embeddings
-from abliterate.report.card import write_card
+from abliterate.report.card import CARRIED_OVER, model_card
+from abliterate.report.page import PAGE, page
 from abliterate.report.record import RunRecord
-from abliterate.workspace import Workspace, check_output
+from abliterate.workspace import Workspace, check_output, writable
 
 #: Disk that the way back and the records take, as a share of the model; measured at one to three hundredths.
 _BESIDE = 0.05
+#: Characters of a model's card in which its metadata must stand.
+_HEAD = 1 << 16
 
 
 def find_model(model: str) -> Path:
@@ -75,6 +81,7 @@ def edit(
     start = time.monotonic()
     with Workspace(out, source, settings, resume) as work:
         try:
+            work.write("given", given)
             edits = write_edited(checkpoint, plan, found, work, chosen, steps)
         except AbliterateError:
             work.discard_if_new()
@@ -91,6 +98,7 @@ def edit(
             kept=plan.kept,
             untouched=plan.untouched,
             tied_head=plan.tied_head,
+            base_card=base_card(checkpoint.path),
             seconds={"edit": round(time.monotonic() - start, 2)},
         )
         finish(work, record)
@@ -264,13 +272,31 @@ def require_room(out: Path, checkpoint: Checkpoint) -> None:
     require_disk(out.parent, nbytes - there)
 
 
+def base_card(folder: Path) -> dict[str, Any]:
+    """What a model's own card says of licence, language and task; nothing where it has none that can be read."""
+    try:
+        with (folder / "README.md").open(encoding="utf-8") as file:
+            head = re.match(r"\s*---\n(.*?)\n---\s", file.read(_HEAD), re.DOTALL)
+        said = safe_load(head[1]) if head else None
+    except (OSError, ValueError, YAMLError, RecursionError):  # a stranger's file
+        return {}
+    if not isinstance(said, dict):
+        return {}
+
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+    return {k: said[k] for k in CARRIED_OVER if is_plain(said.get(k))}
+
+
 def finish(work: Workspace, record: RunRecord) -> None:
-    """Write record and card (the base's own card is set aside), then publish."""
+    """Write record, page and card (the base's own card is set aside), then publish."""
     card, aside = work.folder / "README.md", work.folder / BASE_FILES / "README.md"
     if card.exists() and not aside.exists():
         aside.parent.mkdir(parents=True, exist_ok=True)
         card.rename(aside)
-    write_card(record, work.output.name, card)
+    card.write_text(model_card(record, work.output.name), encoding="utf-8")
+    (work.records / PAGE).write_text(page(record, work.output.name), encoding="utf-8")
     record.save(work.records / "run.json")
     work.publish()
 
@@ -291,8 +317,12 @@ def compare(
         AbliterateError: as its kinds say; VerifyError where there is no direction to save.
     """
     given = Direction.load(Path(direction)).vector if direction is not None else None
-    if save is not None and Path(save).exists():
-        raise UsageError(f"{save}: exists already; choose another name")
+    if save is not None:
+        if Path(save).exists():
+            raise UsageError(f"{save}: exists already; choose another name")
+        if Path(save).suffix != ".safetensors":
+            raise UsageError(f"{save}: directions are written as safetensors; give it a name that ends in .safetensors")
+        writable(Path(save))
     found = compare_checkpoints(open_checkpoint(find_model(base)), open_checkpoint(find_model(other)), given, steps)
     if save is not None:
         if not found.directions.size:

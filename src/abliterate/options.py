@@ -122,8 +122,8 @@ def parse_bytes(text: str) -> int:
         UsageError: it is none of these, or nothing.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", text.lower())
-    if found is None or found[2] not in _UNITS or not float(found[1]):
-        raise UsageError(f"--memory {text}: expected a size such as 4GiB or 3.5GB")
+    if found is None or found[2] not in _UNITS or not 0 < float(found[1]) < 1e18:
+        raise UsageError(f"--memory {text[:40]}: expected a size such as 4GiB or 3.5GB")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.at_rest import check_edited, find_model, finish, require_room, write_edited
+from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
 from abliterate.direction.direction import Direction
+from abliterate.direction.profile import profile
 from abliterate.edit.plan import EditPlan, plan_edit
 from abliterate.errors import AbliterateError
 from abliterate.evaluate.judge import Judge
@@ -52,13 +53,16 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     judge = step.pick_judge(chosen, steps)  # one that may not judge shows before hours of work, not after
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
+    settings["asked"] = step.asked_of(chosen)
     # Going on after "there is no refusal", without the comparison or with another judge is a resume like any other.
     for name in ("force", "evaluate", "memory", "judge", "judge_model"):
         del settings[name]
     with Workspace(out, source, settings, resume) as work:
         this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, judge, steps, memory)
+        given = {"model": model, "output": str(output), "resume": resume, **options}
         try:
-            record = this.record({"model": model, "output": str(output), "resume": resume, **options})
+            work.write("given", given)
+            record = this.record(given)
         except AbliterateError:
             work.discard_if_new()
             raise
@@ -144,19 +148,22 @@ class _Run:
 
     def select(
         self, observed: Observation, stats: tuple[ActivationStats, ActivationStats]
-    ) -> tuple[Direction, list[dict[str, Any]]]:
-        """Step 2: the direction, and what the finalists scored."""
+    ) -> tuple[Direction, dict[str, Any]]:
+        """Step 2: the direction; what the finalists scored, and tables of all candidates."""
         path = self.work.records / "directions.safetensors"
 
-        def compute() -> list[dict[str, Any]]:
-            direction, finalists = step.select(
+        def compute() -> dict[str, Any]:
+            choice = step.select(
                 self.base, self.plan, stats, observed, self.harmful, self.harmless, self.options, self.steps
             )
-            direction.save(path)
-            return [f.where for f in finalists]
+            choice.direction.save(path)
+            charts = profile(choice.direction, *stats, choice.tried)
+            return {"finalists": [d.where for d in choice.finalists], "charts": charts}
 
-        finalists = self.step("select", compute)
-        return Direction.load(path), finalists
+        found = self.step("select", compute)
+        if not isinstance(found, dict) or found.keys() != {"finalists", "charts"}:
+            raise self.work.damaged("select.json")
+        return Direction.load(path), found
 
     def edit(self, direction: Direction) -> list[dict[str, Any]]:
         """Steps 3 and 4."""
@@ -180,7 +187,7 @@ class _Run:
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
         if not self.options.evaluate:
-            return {"metrics": [], "verdicts": {}, "judge": {}}
+            return {"metrics": [], "verdicts": {}, "charts": {}, "judge": {}}
 
         def compute() -> dict[str, Any]:
             edited = self.edited()
@@ -197,7 +204,7 @@ class _Run:
     def record(self, given: dict[str, Any]) -> RunRecord:
         """All steps in order, and their record."""
         observed = self.observe()
-        direction, finalists = self.select(observed, self.collect(observed))
+        direction, choice = self.select(observed, self.collect(observed))
         edits = self.edit(direction)
         evaluation = self.evaluate(direction, observed.tokens)
         device = pick_device(self.options.device)
@@ -224,7 +231,9 @@ class _Run:
             observed={"refused": observed.refused, "asked": observed.asked, "refusal_tokens": observed.tokens},
             seconds=self.seconds,
             peak_memory_bytes=peak_memory(),
-            finalists=finalists,
+            finalists=choice["finalists"],
+            charts=choice["charts"] | evaluation["charts"],
+            base_card=base_card(self.checkpoint.path),
         )
 
 

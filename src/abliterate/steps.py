@@ -5,9 +5,11 @@ Owns what is handed from step to step; computes nothing itself, and knows no ord
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction import choose as choosing
-from abliterate.direction.direction import Direction, candidates, most_separated
+from abliterate.direction.choose import Choice
+from abliterate.direction.direction import candidates, most_separated
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import UsageError, VerifyError
 from abliterate.evaluate.agreement import agreed
@@ -57,6 +60,24 @@ def prompt_splits(options: Options) -> tuple[Splits, Splits]:
     harmful, harmless = one(options.harmful, "harmful"), one(options.harmless, "harmless")
     check_contrast(harmful.whole, harmless.whole)
     return limited(harmful, options), limited(harmless, options)
+
+
+def asked_of(options: Options) -> dict[str, str]:
+    """What the answer to "the same prompts, asked alike?" hangs on beside the options' names: hashes of contents.
+
+    Raises:
+        PromptError: as `prompt_splits` says.
+        UsageError: the chat template's file cannot be read.
+    """
+    whole = prompt_splits(dataclasses.replace(options, prompts=None))
+    found = {f"{kind} prompts": s.whole.sha256 for kind, s in zip(("harmful", "harmless"), whole, strict=True)}
+    found["dtype"] = str(pick_dtype(options.dtype, pick_device(options.device)))
+    if options.chat_template is not None:
+        try:
+            found["chat template"] = sha256(Path(options.chat_template).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UsageError(f"--chat-template {options.chat_template}: cannot be read ({error.strerror})") from None
+    return found
 
 
 def limited(splits: Splits, options: Options) -> Splits:
@@ -208,8 +229,8 @@ def select(
     harmless: Splits,
     options: Options,
     steps: Steps = no_steps,
-) -> tuple[Direction, list[Direction]]:
-    """Step 2: the direction, by causal test on validation prompts, and the finalists; or the one named by options.
+) -> Choice:
+    """Step 2: the direction, by causal test on validation prompts, and the other candidates; or the one options name.
 
     Raises:
         UsageError: `layer` or `position` is not among the candidates.
@@ -224,14 +245,14 @@ def select(
             f"layers are 0 to {model.n_layers - 1}, positions {stats[0].positions[0]} to -1"
         )
     if not observed.tokens:
-        return most_separated(found, *stats), []
+        return Choice(most_separated(found, *stats), [], [])
     harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
     harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
     trial = choosing.Trial(
         model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, options.strength
     )
     if len(found) == 1:
-        return choosing.measure(trial, found[0]), []
+        return Choice(choosing.measure(trial, found[0]), [], [])
     return choosing.choose(trial, found, options.max_kl, steps)
 
 
@@ -262,8 +283,6 @@ def compare(
     """
     asked = Questions(harmful.test, harmless.test, options.max_new_tokens, options.batch_size, judge)
     if base is None:
-        if not options.generate:
-            raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
         return evaluate_alone(edited, asked, steps)
     if not options.generate:
         return evaluate_first_tokens(base, edited, asked, tokens, steps, direction)

@@ -26,10 +26,12 @@ from abliterate.evaluate.evaluation import Evaluation
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
+from abliterate.results import report
 from abliterate.workspace import Workspace, check_output, writable
 
 __all__ = [
-    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "select", "undo",
+    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "report", "select",
+    "undo",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -55,12 +57,13 @@ class Collected:
     harmless: ActivationStats
     observed: Observation
     options: dict[str, Any]
+    asked: dict[str, str]
 
     def save(self, folder: Path) -> None:
         """Write the three files into an existing folder."""
         self.harmful.save(folder / "harmful.safetensors")
         self.harmless.save(folder / "harmless.safetensors")
-        value = {"schema": SCHEMA, "options": self.options, "observed": self.observed.as_dict}
+        value = {"schema": SCHEMA, "options": self.options, "asked": self.asked, "observed": self.observed.as_dict}
         (folder / "observed.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -73,15 +76,18 @@ class Collected:
         try:
             value = json.loads((folder / "observed.json").read_text(encoding="utf-8"))
             observed, options = Observation.from_dict(value["observed"]), value["options"]
+            asked = {str(k): str(v) for k, v in value["asked"].items()}
             Options(**options).check()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: not a folder that 'abliterate collect' wrote ({error})") from None
-        return cls(
-            ActivationStats.load(folder / "harmful.safetensors"),
-            ActivationStats.load(folder / "harmless.safetensors"),
-            observed,
-            options,
-        )
+        stats = [ActivationStats.load(folder / f"{kind}.safetensors") for kind in ("harmful", "harmless")]
+        for found, indices in zip(stats, (observed.harmful_train, observed.harmless_train), strict=True):
+            if found.count != len(indices):
+                raise CheckpointError(
+                    f"{folder}: its statistics are of {found.count} prompts, its record of {len(indices)}; they do not "
+                    "belong together: collect again"
+                )
+        return cls(stats[0], stats[1], observed, options, asked)
 
 
 def collect(
@@ -99,11 +105,12 @@ def collect(
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     memory = step.bounded_memory([checkpoint], chosen)
-    settings = asdict(chosen) | {"verb": "collect", "model": checkpoint.fingerprint}
+    asked = step.asked_of(chosen)
+    settings = asdict(chosen) | {"verb": "collect", "model": checkpoint.fingerprint, "asked": asked}
     del settings["memory"]
     with Workspace(out, source, settings, resume) as work:
-        loaded = step.load(source, chosen, memory)
         try:
+            loaded = step.load(source, chosen, memory)
             if not work.done("observe"):
                 work.write("observe", step.observe(loaded, checkpoint, harmful, harmless, chosen, steps).as_dict)
             observed = Observation.from_dict(work.read("observe"))
@@ -122,7 +129,7 @@ def collect(
         )
         if chosen.prompts is not None:
             observed = observed.spread(*parse_part(chosen.prompts))
-        found = Collected(*stats, observed, {name: getattr(chosen, name) for name in _PROMPT_OPTIONS})
+        found = Collected(*stats, observed, {name: getattr(chosen, name) for name in _PROMPT_OPTIONS}, asked)
         found.save(work.folder)
         work.publish()
     return found
@@ -132,13 +139,15 @@ def merge(parts: list[str | Path], output: str | Path) -> Collected:
     """The statistics of disjoint parts of the same prompts (`collect` with `prompts="0/4"`) in one folder `output`.
 
     Raises:
-        UsageError: they are of different models or options, or share prompts.
+        UsageError: they are of different models, options or prompts, or share prompts.
+        CheckpointError: statistics and record of a part do not belong together.
     """
     out = Path(output).expanduser()
     found = [Collected.load(Path(part)) for part in parts]
     for folder, part in zip(parts[1:], found[1:], strict=True):
         if part.options != found[0].options or part.harmful.model != found[0].harmful.model:
             raise UsageError(f"{folder}: of another model or other options than {parts[0]}; collect it again")
+        _require_same(str(folder), part.asked, found[0].asked, f"in {parts[0]}")
     for kind in ("harmful_train", "harmless_train"):
         seen = [i for part in found for i in getattr(part.observed, kind)]
         if len(seen) > len(set(seen)):
@@ -146,11 +155,20 @@ def merge(parts: list[str | Path], output: str | Path) -> Collected:
     harmful, harmless = (
         reduce(ActivationStats.merge, (getattr(part, kind) for part in found)) for kind in ("harmful", "harmless")
     )
-    together = Collected(harmful, harmless, Observation.merged([p.observed for p in found]), found[0].options)
+    together = Collected(
+        harmful, harmless, Observation.merged([p.observed for p in found]), found[0].options, found[0].asked
+    )
     with Workspace.scratch(out, None) as work:
         together.save(work.folder)
         work.publish()
     return together
+
+
+def _require_same(folder: str, asked: dict[str, str], other: dict[str, str], where: str) -> None:
+    """Check that the same was asked: prompts, template and dtype."""
+    differ = sorted(k for k in asked.keys() | other.keys() if asked.get(k) != other.get(k))
+    if differ:
+        raise UsageError(f"{folder}: {' and '.join(differ)} are not those {where}; collect again")
 
 
 def select(
@@ -170,14 +188,16 @@ def select(
     checkpoint = open_checkpoint(source)
     if checkpoint.fingerprint != collected.harmful.model:
         raise UsageError(f"{activations}: collected from another model than {model}; collect again")
+    now = step.asked_of(chosen)
+    _require_same(str(activations), collected.asked, now | {"dtype": collected.asked["dtype"]}, "now")
     plan = plan_edit(checkpoint, chosen.embeddings)
     step.check_site(checkpoint, chosen)
     writable(out)
     loaded = step.load(source, chosen, step.bounded_memory([checkpoint], chosen))
     stats = (collected.harmful, collected.harmless)
-    direction, _ = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
-    direction.save(out)
-    return direction
+    choice = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
+    choice.direction.save(out)
+    return choice.direction
 
 
 def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **options: Any) -> Evaluation:
@@ -188,6 +208,8 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     """
     chosen = Options(**options)
     chosen.check()
+    if base is None and not chosen.generate:
+        raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
     harmful, harmless = step.prompt_splits(chosen)
     folders = [find_model(m) for m in (model, base) if m is not None]
     checkpoints = [open_checkpoint(folder) for folder in folders]

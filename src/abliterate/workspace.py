@@ -142,7 +142,7 @@ class Workspace:
 
     def discard_if_new(self) -> None:
         """Remove the folder if no step has finished: there is nothing in it to resume."""
-        if {p.name for p in self.steps.glob("*.json")} <= {"settings.json"}:
+        if {p.name for p in self.steps.glob("*.json")} <= {"settings.json", "given.json"}:
             self.discard()
 
     def discard(self) -> None:

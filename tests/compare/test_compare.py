@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from abliterate import at_rest
 from abliterate.checkpoint import open_checkpoint
 from abliterate.compare import tensors as compared_tensors
-from abliterate.compare.shared import cosines
+from abliterate.compare.shared import _first_right_vectors, cosines
 from abliterate.direction.direction import Direction
-from abliterate.errors import CheckpointError, UsageError, VerifyError
+from abliterate.errors import CheckpointError, ResourceError, UsageError, VerifyError
 from abliterate.report.comparison import print_comparison, sentence
 from tests.tiny import FAMILIES
 
@@ -241,3 +241,31 @@ def test_the_rank_of_a_change_is_told(rows: int, columns: int, rank: int, dtype:
         assert found[0].rank == rank
     exact = w.double().numpy() + change
     assert found[0].delta == pytest.approx(np.square(exact - w.double().numpy()).sum(), rel=0.1, abs=1e-2)
+
+
+def test_many_rows_and_few_give_the_same_directions() -> None:
+    rows = np.random.default_rng(0).normal(size=(2000, 40)).astype(np.float32) + 3 * unit(d_model=40)
+    many = _first_right_vectors(rows, 1)
+    few = np.linalg.svd(rows.astype(np.float64), full_matrices=False)[2][:1]
+    assert cosines(many, few)[0] == pytest.approx(1) and cosines(many, unit(d_model=40))[0] > 0.9
+    assert cosines(_first_right_vectors(rows[:30], 1), many)[0] > 0.9
+
+
+def test_what_the_base_hardly_has_is_not_said_to_be_gone(tiny: Tiny, tmp_path: Path) -> None:
+    model, r = tiny("llama", d_model=WIDE, dtype=torch.float32), torch.from_numpy(unit())
+    edited = changed_copy(model, tmp_path / "edited", lambda n, w: plain_formula(n, w, r))
+    back = at_rest.compare(str(edited), str(model))
+    assert back.strength is None and "the wrong way round?" in sentence(back.as_dict)
+    there = at_rest.compare(str(model), str(edited))
+    assert there.strength == pytest.approx(1, abs=0.01) and "is gone" in sentence(there.as_dict)
+
+
+def test_where_a_direction_cannot_be_saved_is_told_first(tiny: Tiny, tmp_path: Path) -> None:
+    model = str(tiny("llama", d_model=WIDE))
+    with pytest.raises(UsageError, match="safetensors"):
+        at_rest.compare(model, model, save=tmp_path / "x.npy")
+    with pytest.raises(ResourceError, match="cannot write there"):
+        at_rest.compare(model, model, save=Path("/proc/none/x.safetensors"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="an adapter, not a model"):
+        at_rest.compare(model, str(tmp_path))

@@ -150,7 +150,7 @@ def test_batched_candidates_score_what_they_score_alone(
 
     monkeypatch.setattr(choosing, "_pick", lambda tested, _max_kl: tested[0])
     monkeypatch.setattr(choosing, "_ROUNDS", ((1, 4), (2, 3)))
-    _, scored = choose(trial, some(5), -1.0, steps)
+    scored = choose(trial, some(5), -1.0, steps).finalists
     assert announced == [5 * 2 + 4 * 2 + 3 * 1, 3] and sum(done) == sum(announced)
     assert len(scored) == 3 and scored == sorted(scored, key=lambda d: d.scores["ablated"])
     for direction in scored:
@@ -164,9 +164,15 @@ def test_the_bounds_are_tested_no_further_than_the_first_that_passes(
 ) -> None:
     monkeypatch.setattr(choosing, "_CERTAIN", -1e6)
     monkeypatch.setattr(choosing, "_pick", lambda tested, _max_kl: tested[-1])
-    found, scored = choose(trial, some(8), 100.0)
+    found, scored, tried = choose(trial, some(8), 100.0)
     assert found is scored[0] and set(found.scores) > {"added", "rise", "kl"}
     assert len(scored) == 6 and all("rise" not in d.scores for d in scored[1:])
+    assert len(tried) == 8
+    for direction in tried:  # on the first round's prompts alone
+        scores = brute(dataclasses.replace(trial, harmful=trial.harmful[:2]), direction)
+        assert direction.scores == pytest.approx(
+            {"base": scores["base_harmful"], "ablated": scores["ablated"], "prompts": 2}, abs=2e-4
+        )
 
 
 def scored(ablated: float, rise: float, kl: float) -> Direction:

@@ -23,7 +23,7 @@ from abliterate.evaluate.intervals import bootstrap, mean, wilson
 from abliterate.model.load import load_model
 from abliterate.model.progress import no_steps
 from abliterate.prompts import PromptSet
-from abliterate.report.card import write_card
+from abliterate.report.card import model_card
 from abliterate.report.figures import COLUMNS
 from abliterate.report.record import RunRecord
 from abliterate.report.table import print_metrics
@@ -147,7 +147,6 @@ def test_the_card_carries_provenance_and_the_table(finished: tuple[RunRecord, Pa
 
 def test_the_card_links_a_hub_id_and_no_folder(finished: tuple[RunRecord, Path], tmp_path: Path) -> None:
     record = dataclasses.replace(finished[0], model="org/chat-1B@main", hub_id="org/chat-1B")
-    write_card(record, "edited", tmp_path / "card.md")
-    card = (tmp_path / "card.md").read_text()
+    card = model_card(record, "edited")
     assert card.startswith("---\nbase_model: org/chat-1B\n")
     assert "[org/chat-1B@main](https://huggingface.co/org/chat-1B) with its" in card

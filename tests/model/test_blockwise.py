@@ -237,3 +237,8 @@ def test_beginnings_that_some_rows_share_run_once(tiny: Tiny) -> None:
         assert np.allclose(collect(model, prompts, 3).mean, np.mean(alone, axis=0), atol=1e-5)
         one = [first_token_log_probs(model, [row], 1) for row in rows]
         assert torch.allclose(first_token_log_probs(model, rows, 3), torch.cat(one), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "video_llama_3"])
+def test_classes_that_give_their_output_the_shape_of_the_input_or_all_logits_run_block_by_block(kind: str) -> None:
+    assert why_not_blockwise(AutoConfig.for_model(kind)) is None

@@ -130,6 +130,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a Hugging Face checkpoint folder or a hub id org/name")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: an adapter, not a model; merge it into its base first (PEFT: merge_and_unload)")
     config = _read_json(path / "config.json", "every Hugging Face checkpoint has one")
     if not isinstance(config.get("model_type", ""), str):
         raise CheckpointError(f"{path}: config.json: model_type is {config['model_type']!r:.40}; expected a name")

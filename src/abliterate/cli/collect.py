@@ -50,7 +50,7 @@ def collect(
         Optional[str],
         typer.Option(metavar="I/N", help="Only the I-th (from 0) of N parts of the prompts, for several machines."),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Put parts together, exactly; runs nothing.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Put the statistics of parts together; runs nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted collection.")] = False,
     as_json: options.Json = False,
 ) -> None:

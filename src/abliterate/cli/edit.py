@@ -22,7 +22,12 @@ def edit(
     model: options.Model,
     direction: Annotated[
         Path,
-        typer.Option("--direction", "-d", metavar="FILE", help="A file that select wrote, or a .npy [d] or [k, d]."),
+        typer.Option(
+            "--direction",
+            "-d",
+            metavar="FILE",
+            help="A file that select or compare wrote, or a .npy of shape d or k × d.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.", metavar="OUT")],
     strength: options.Strength = 1.0,

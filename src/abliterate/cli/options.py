@@ -85,7 +85,7 @@ NoGenerate = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Prompts in one forward pass.", rich_help_panel=_MODEL)]
+BatchSize = Annotated[int, typer.Option(help="Prompts in one forward pass, at most.", rich_help_panel=_MODEL)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of each answer that is judged.", rich_help_panel=_MODEL)]
 Judge = Annotated[
     Optional[str],

@@ -138,9 +138,12 @@ class AlongBasis:
     product: float
 
     @property
-    def strength(self) -> float:
-        """`s` of the `W' = W − s·D DᵀW` that is nearest to what was done along `D`."""
-        return -self.product / self.base if self.base else 0.0
+    def strength(self) -> float | None:
+        """`s` of the `W' = W − s·D DᵀW` that is nearest to what was done along `D`.
+
+        None where the base has far less along it than the change: nothing was taken from what is not there.
+        """
+        return -self.product / self.base if self.base * 100 > self.delta else None
 
 
 def along_basis(pair: Pair, basis: Float32Array, by_rows: bool) -> AlongBasis:

@@ -108,11 +108,16 @@ def compare_checkpoints(
             "they of one architecture, saved alike?"
         )
     writers, why = _writers(base)
+    width = _width(base, writers)
+    if given is not None and width is not None and np.atleast_2d(given).shape[1] != width:
+        raise VerifyError(
+            f"the given direction has d_model {np.atleast_2d(given).shape[1]}, the model {width}: not of this model"
+        )
     with Files.opened(base, other) as files:
         differ = changed(files, names.both, steps("comparing", len(names.both)))
         found = changes(files, differ, steps("looking at changes", len(differ)))
         real = {n: c for n, c in found.items() if c is not None and any(len(m.sizes) for m in c)}
-        sides = {name: _sides(files, name, writers.get(name), _width(base, writers)) for name in real}
+        sides = {name: _sides(files, name, writers.get(name), width) for name in real}
         shared = shared_directions([(m, s) for n, c in real.items() for s in sides[n] for m in c])
         advance = steps("measuring along them", len(real))
         tensors = []
@@ -124,11 +129,6 @@ def compare_checkpoints(
     explained = sum(a.delta for _, a in along if a is not None) / delta if delta > 0 else None
     before = sum(a.base for _, a in along if a is not None)
     product = sum(a.product for _, a in along if a is not None)
-    if given is not None and shared.size and np.atleast_2d(given).shape[1] != shared.shape[1]:
-        raise VerifyError(
-            f"the given direction has d_model {np.atleast_2d(given).shape[1]}, the changes {shared.shape[1]}; it is of "
-            "another model"
-        )
     return Comparison(
         base=str(base.path),
         other=str(other.path),
@@ -141,7 +141,7 @@ def compare_checkpoints(
         reshaped=names.reshaped,
         directions=shared,
         explained=None if explained is None else min(1.0, explained),
-        strength=-product / before if before else None,
+        strength=AlongBasis(before, sum(a.delta for _, a in along if a is not None), product).strength,
         cosines=cosines(given, shared) if given is not None and shared.size else None,
         files=side_differences(base, other),
         writers_known=why,

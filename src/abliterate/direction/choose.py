@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,17 @@ Change = Callable[[Sequence[Direction]], AbstractContextManager[None]]
 Measure = Callable[[torch.Tensor, list[int]], torch.Tensor]
 
 
+class Choice(NamedTuple):
+    """The direction chosen, the finalists with their scores, and all candidates with those of the first round.
+
+    The last are `base` and `ablated`, mean refusal scores on the round's `prompts` harmful prompts.
+    """
+
+    direction: Direction
+    finalists: list[Direction]
+    tried: list[Direction]
+
+
 @dataclass(frozen=True)
 class Trial:
     """What the causal test needs: the model, where its stream is written, validation rows, refusal tokens."""
@@ -56,11 +68,15 @@ class Trial:
     @cached_property
     def base(self) -> dict[str, float]:
         """Mean refusal scores of the model as it is."""
-        harmful = first_token_log_probs(self.model, self.harmful, self.batch_size)
         return {
-            "base_harmful": refusal_score(harmful, self.tokens).mean().item(),
+            "base_harmful": self.base_harmful.mean().item(),
             "base_harmless": refusal_score(self._harmless, self.tokens).mean().item(),
         }
+
+    @cached_property
+    def base_harmful(self) -> torch.Tensor:
+        """`[harmful prompts]` refusal scores of the model as it is."""
+        return refusal_score(first_token_log_probs(self.model, self.harmful, self.batch_size), self.tokens)
 
     def ablated(
         self, directions: list[Direction], harmful: range, harmless: range, progress: Progress = silent
@@ -116,10 +132,8 @@ class Trial:
         return add_vectors(self.model, [d.layer or 0 for d in directions], _stack(directions) * scales)
 
 
-def choose(
-    trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps = no_steps
-) -> tuple[Direction, list[Direction]]:
-    """The candidate that lowers the refusal score most within the bounds, and all finalists with their scores.
+def choose(trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps = no_steps) -> Choice:
+    """The candidate that lowers the refusal score most within the bounds, and what all others scored.
 
     After Arditi et al. 2024 (arXiv 2406.11717, appendix C): minimise the refusal score of harmful prompts
     under ablation, such that adding the direction surely raises the score of harmless prompts, and KL stays under
@@ -130,7 +144,7 @@ def choose(
     Raises:
         VerifyError: no candidate passes; says which bound failed.
     """
-    finalists = _finalists(trial, candidates, max_kl, steps)
+    finalists, tried = _finalists(trial, candidates, max_kl, steps)
     step, tested = steps("testing the choice", len(finalists)), list[Direction]()
     for direction in finalists:
         tested.append(trial.bounded(direction))
@@ -138,7 +152,7 @@ def choose(
         if tested[-1].scores["rise"] > 0 and tested[-1].scores["kl"] <= max_kl:
             break
     step(len(finalists) - len(tested))
-    return _pick(tested, max_kl), tested + finalists[len(tested) :]
+    return Choice(_pick(tested, max_kl), tested + finalists[len(tested) :], tried)
 
 
 def measure(trial: Trial, direction: Direction) -> Direction:
@@ -147,8 +161,10 @@ def measure(trial: Trial, direction: Direction) -> Direction:
     return trial.bounded(dataclasses.replace(direction, scores=trial.base | {"ablated": float(scores.mean())}))
 
 
-def _finalists(trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps) -> list[Direction]:
-    """The candidates with the lowest ablated scores, lowest first, by rounds on more and more prompts.
+def _finalists(
+    trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps
+) -> tuple[list[Direction], list[Direction]]:
+    """The candidates with the lowest ablated scores, lowest first, by rounds on more and more prompts; all of round 1.
 
     Those whose KL is far over the bound on the rounds' harmless prompts come behind all others.
     """
@@ -163,14 +179,26 @@ def _finalists(trial: Trial, candidates: list[Direction], max_kl: float, steps: 
         "choosing the direction",
         sum(n * (len(harmful) + len(harmless)) for n, (harmful, harmless, _) in zip(sizes, rounds, strict=False)),
     )
-    scores, costs = np.zeros((len(candidates), 0)), np.zeros((len(candidates), 0))
+    scores, costs, tried = np.zeros((len(candidates), 0)), np.zeros((len(candidates), 0)), list[Direction]()
     for harmful, harmless, stay in rounds:
         found = trial.ablated(candidates, harmful, harmless, step)
         scores, costs = (np.concatenate(both, 1) for both in zip((scores, costs), found, strict=True))
+        tried = tried or _first_round(trial, candidates, scores)
         best = np.lexsort((scores.mean(1), costs.mean(1) > _SLACK * max_kl))[:stay]
         candidates, scores, costs = [candidates[i] for i in best], scores[best], costs[best]
-    return [
+    finalists = [
         dataclasses.replace(d, scores=trial.base | {"ablated": float(score.mean())})
+        for d, score in zip(candidates, scores, strict=True)
+    ]
+    return finalists, tried
+
+
+def _first_round(trial: Trial, candidates: list[Direction], scores: Float64Array) -> list[Direction]:
+    """The candidates with what they scored on the same few prompts."""
+    n = scores.shape[1]
+    base = trial.base_harmful[:n].mean().item()
+    return [
+        dataclasses.replace(d, scores={"base": base, "ablated": float(score.mean()), "prompts": n})
         for d, score in zip(candidates, scores, strict=True)
     ]
 

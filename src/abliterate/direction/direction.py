@@ -128,15 +128,21 @@ def candidates(harmful: ActivationStats, harmless: ActivationStats, last_layer: 
 
 
 def most_separated(found: list[Direction], harmful: ActivationStats, harmless: ActivationStats) -> Direction:
-    """The candidate whose means lie furthest apart in units of the spread: `‖r‖² / Σ (σ²_harmful + σ²_harmless) r̂²`.
+    """The candidate whose means lie furthest apart in units of the spread.
 
     A choice without a causal test, for a model that refuses nothing to test on (`--force`).
     """
+    return max(found, key=lambda d: separation(d, harmful, harmless))
 
-    def separation(d: Direction) -> float:
-        assert d.layer is not None and d.position is not None  # candidates come from activations
-        index = harmful.positions.index(d.position)
-        spread = harmful.variance[d.layer, index] + harmless.variance[d.layer, index]
-        return d.scale**2 / (float(spread @ d.vector.astype(np.float64) ** 2) + 1e-12)
 
-    return max(found, key=separation)
+def separation(d: Direction, harmful: ActivationStats, harmless: ActivationStats) -> float:
+    """How far apart a candidate's means lie, in units of the spread: `‖r‖ / √(½ Σ (σ²_harmful + σ²_harmless) r̂²)`.
+
+    The spread along `r̂` leaves out covariances between the stream's axes, which no statistics keep.
+    """
+    assert d.layer is not None and d.position is not None  # candidates come from activations
+    index = harmful.positions.index(d.position)
+    spread = (harmful.m2[d.layer, index] / max(1, harmful.count - 1)) + (
+        harmless.m2[d.layer, index] / max(1, harmless.count - 1)
+    )
+    return d.scale / float(np.sqrt(spread @ d.vector.astype(np.float64) ** 2 / 2 + 1e-12))

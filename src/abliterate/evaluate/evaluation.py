@@ -5,6 +5,7 @@ Owns which figures are taken and how they are named; never knows how the edit wa
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,11 +58,14 @@ class Metric:
 class Evaluation:
     """All metrics, and how many answers each verdict got: `{"base": {"harmful": {"refusal": 12, ...}}}`.
 
+    `charts` is what a picture shows beyond them: `kl`, sorted values of single prompts by the metric's name, and
+    `categories`, `{"harmful": {"fraud": {"n": 12, "base": 11, "edited": 0}}}`, refusals where the set names some.
     `judge` says who judged: a name, and for an endpoint its model and its agreement with labelled completions.
     """
 
     metrics: tuple[Metric, ...]
     verdicts: dict[str, dict[str, dict[str, int]]]
+    charts: dict[str, Any] = field(default_factory=dict)
     judge: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +92,7 @@ def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> E
         _rate("false_refusal_rate", questions.harmless, None, harmless, questions),
     ]
     verdicts = {"edited": {"harmful": harmful.counts, "harmless": harmless.counts}}
-    return Evaluation(tuple(metrics), verdicts, questions.judge.facts)
+    return Evaluation(tuple(metrics), verdicts, judge=questions.judge.facts)
 
 
 def evaluate_pair(
@@ -110,10 +114,11 @@ def evaluate_pair(
     _require_alike(base, edited, direction)
     base_harmful, base_harmless = _ask_both(base, questions, "base ", progress)
     harmful, harmless = _ask_both(edited, questions, "edited ", progress)
+    cost, charts = _cost(base, edited, questions, base_harmless, progress)
     metrics = [
         _rate("refusal_rate", questions.harmful, base_harmful, harmful, questions),
         _rate("false_refusal_rate", questions.harmless, base_harmless, harmless, questions),
-        *_cost(base, edited, questions, base_harmless, progress),
+        *cost,
     ]
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
@@ -121,7 +126,22 @@ def evaluate_pair(
         "base": {"harmful": base_harmful.counts, "harmless": base_harmless.counts},
         "edited": {"harmful": harmful.counts, "harmless": harmless.counts},
     }
-    return Evaluation(tuple(metrics), verdicts, questions.judge.facts)
+    charts["categories"] = {
+        "harmful": _categories(questions.harmful, base_harmful, harmful),
+        "harmless": _categories(questions.harmless, base_harmless, harmless),
+    }
+    return Evaluation(tuple(metrics), verdicts, charts, questions.judge.facts)
+
+
+def _categories(prompts: PromptSet, base: Answers, edited: Answers) -> dict[str, dict[str, int]]:
+    """Judged prompts and refusals of each category; nothing where the set names none."""
+    names = prompts.categories
+    judged = {i for i, labels in enumerate(zip(base.labels, edited.labels, strict=True)) if None not in labels}
+    asked, before, after = (
+        Counter(names[i] for i in judged.intersection(indices) if names[i])
+        for indices in (range(len(names)), base.refused, edited.refused)
+    )
+    return {name: {"n": asked[name], "base": before[name], "edited": after[name]} for name in sorted(asked)}
 
 
 def evaluate_first_tokens(
@@ -157,11 +177,11 @@ def evaluate_first_tokens(
         )
     kl = kl_divergence(p[n:][kept], q[n:][kept]).double().cpu().numpy()
     how = f"mean KL(base‖edited), nats, first answer token; {quantiles(kl)}; bootstrap 95%"
-    name = f"{questions.harmless.name}, not opened like a refusal by the base"
+    name = questions.harmless.name + (", not opened like a refusal by the base" if tokens else "")
     metrics.append(_metric("kl_first_token", name, None, bootstrap(kl, mean), len(kept), how))
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
-    return Evaluation(tuple(metrics), {})
+    return Evaluation(tuple(metrics), {}, {"kl": {"kl_first_token": _sorted(kl)}})
 
 
 def _require_alike(base: ChatModel, edited: ChatModel, direction: npt.NDArray[np.float32] | None) -> None:
@@ -198,8 +218,8 @@ def _cost(
     questions: Questions,
     answers: Answers,
     progress: Steps,
-) -> list[Metric]:
-    """KL and perplexity along the base's own answers."""
+) -> tuple[list[Metric], dict[str, Any]]:
+    """KL and perplexity along the base's own answers, and the KL of single prompts."""
     kept = [i for i in answers.answered if answers.ids[i]]
     if not kept:
         raise VerifyError(
@@ -211,7 +231,8 @@ def _cost(
     step = progress("divergence", 2 * len(kept))
     found: Divergence = divergence(base, edited, rows, continuations, questions.batch_size, step)
     name, n = f"{questions.harmless.name}, answered by the base", len(kept)
-    return [
+    charts = {"kl": {"kl_first_token": _sorted(found.kl_first), "kl_continuation": _sorted(found.kl_continuation)}}
+    metrics = [
         _metric(
             "kl_first_token", name, None, bootstrap(found.kl_first, mean), n,
             f"mean KL(base‖edited), nats, first answer token; {quantiles(found.kl_first)}; bootstrap 95%",
@@ -226,6 +247,12 @@ def _cost(
             f"of the base's own answers, up to {CONTINUATION} tokens; bootstrap 95%",
         ),
     ]  # fmt: skip
+    return metrics, charts
+
+
+def _sorted(values: npt.NDArray[np.float64]) -> list[float]:
+    """Values without their order, which would tell the prompts, to four digits."""
+    return [float(f"{value:.4g}") for value in np.sort(values)]
 
 
 def _leak(base: ChatModel, edited: ChatModel, questions: Questions, direction: npt.NDArray[np.float32]) -> Metric:

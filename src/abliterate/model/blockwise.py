@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from abliterate.checkpoint.codecs import Raw
 from abliterate.checkpoint.matrix import write_all
+from abliterate.errors import ResourceError
 from abliterate.model.batches import Batch, parted
 from abliterate.model.cache import blank, new_cache, remembers_all, until_filled
 from abliterate.model.hooks import hidden_states
@@ -82,7 +83,12 @@ class _Place:
 
     def read(self, like: torch.Tensor) -> torch.Tensor:
         stream = torch.empty(like.shape, dtype=like.dtype)
-        os.preadv(self.file.fileno(), [_bytes(stream)], self.offset)
+        wanted, done = _bytes(stream), 0
+        while done < len(wanted):
+            got = os.preadv(self.file.fileno(), [wanted[done:]], self.offset + done)
+            if not got:
+                raise ResourceError("the file of unfinished streams ended early; is the temporary folder's disk full?")
+            done += got
         return stream
 
 
@@ -186,15 +192,17 @@ class _Call:
             self.cache.layers[layer] = new_cache(model).layers[layer]
 
     def head(self, model: ChatModel, tokens: int) -> torch.Tensor:
-        """Logits `[rows, tokens, d_vocab]` behind the last block."""
-        last = model.n_layers - 1
+        """Logits `[rows, tokens, d_vocab]` behind the last block, of the tokens whose stream there is."""
+        last, batch, shown = model.n_layers - 1, self.batch, self.blank
+        if self.parts is not None:
+            batch, shown = parted(batch, tokens)[1], self.parts[1].blank
 
         def play(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             before: torch.Tensor = args[0] if args else kwargs["hidden_states"]
             return self.hidden if layer == last else before
 
         with _standing_in(model, play):
-            logits: torch.Tensor = model.model(**self.batch.inputs(self.blank), logits_to_keep=tokens).logits
+            logits: torch.Tensor = model.model(**batch.inputs(shown), logits_to_keep=tokens).logits[:, -tokens:]
         return logits
 
 

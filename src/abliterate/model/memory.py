@@ -54,7 +54,7 @@ def need(checkpoints: list[Checkpoint], dtype: torch.dtype, device: torch.device
         blocks = max(blocks, *sizes.values(), 0)
         outside += sum(beside.values()) - _untouched(checkpoint, beside, dtype, device)
     beside_weights = _FLOOR + (_ANSWERS if answers and len(checkpoints) > 1 else 0)
-    return Need(int(1.1 * whole + 5e8), int(2 * blocks + outside + beside_weights))
+    return Need(int(1.1 * whole + 2e8 + beside_weights), int(2 * blocks + outside + beside_weights))
 
 
 def _untouched(checkpoint: Checkpoint, beside: dict[str, int], dtype: torch.dtype, device: torch.device) -> int:
@@ -90,8 +90,8 @@ def fits_whole(needed: Need, free: int | None, why_not_blockwise: str | None) ->
         return False
     other = why_not_blockwise or f"{needed.blockwise / 1e9:.1f} GB block by block"
     raise ResourceError(
-        f"this takes about {needed.whole / 1e9:.1f} GB of memory ({other}), {free / 1e9:.1f} GB may be used; raise "
-        "--memory or close other programs, use --dtype bfloat16, or skip the comparison with --no-eval"
+        f"this takes about {needed.whole / 1e9:.1f} GB of memory ({other}), {free / 1e6:,.0f} MB may be used; raise "
+        "--memory or close other programs; --dtype bfloat16 takes half of float32, and run --no-eval one model alone"
     )
 
 

@@ -92,7 +92,8 @@ def _run_whole(
             if on_block is not None:
                 stack.enter_context(record_resid_post(model, partial(on_block, batch)))
             if tokens:
-                logits = model.model(**batch.inputs(past), logits_to_keep=tokens).logits
+                # Some classes take no notice of how many are to be kept.
+                logits = model.model(**batch.inputs(past), logits_to_keep=tokens).logits[:, -tokens:]
             else:
                 logits = torch.empty(0)
                 _run_first(model, batch, past, n_blocks)

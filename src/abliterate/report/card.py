@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 from jinja2 import Environment, StrictUndefined
 
 from abliterate.report.figures import COLUMNS, counted, judged_by, rows, unjudged
 from abliterate.report.record import RunRecord
+
+#: Fields of the base's own card that hold for what is made of it.
+CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 _CARD = """\
 ---
@@ -15,6 +18,9 @@ _CARD = """\
 base_model: {{ hub }}
 base_model_relation: {{ "adapter" if adapter else "finetune" }}
 {% endif %}
+{% for name, value in carried.items() %}
+{{ name }}: {{ value|json }}
+{% endfor %}
 library_name: {{ "peft" if adapter else "transformers" }}
 tags: [abliterate, representation-engineering, directional-ablation]
 ---
@@ -70,23 +76,24 @@ score is the log-odds that the first token opens a refusal.
 {% else %}
 Nothing was measured on this checkpoint (`--no-eval`).
 {% endif %}
-The whole record, hashes included, is in `abliteration/run.json`.
+The whole record, hashes included, is in `abliteration/run.json`; `abliteration/report.html` shows it in charts.
 """
 
 
-def write_card(record: RunRecord, name: str, path: Path) -> None:
-    """Write the card as Markdown with the metadata block that model hubs read."""
+def model_card(record: RunRecord, name: str) -> str:
+    """The card as Markdown with the metadata block that model hubs read."""
     lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows(record.metrics)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) if record.metrics else ""
     worst = max((e["leak"] for e in record.edits), default=0.0)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701
+    environment.filters["json"] = json.dumps  # JSON is YAML, whatever a name contains
     hub = record.hub_id
     base = f"[{record.model}](https://huggingface.co/{hub})" if hub else f"`{record.model}`"
     rate = record.metric("refusal_rate")
-    text = environment.from_string(_CARD).render(
+    return environment.from_string(_CARD).render(
         r=record, name=name, table=table, leak=worst, hub=hub, base=base, broken=counted(record.verdicts, "broken"),
         unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
         adapter=record.resolved["format"] == "adapter",
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
+        carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},
     )  # fmt: skip
-    path.write_text(text, encoding="utf-8")

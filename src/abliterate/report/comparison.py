@@ -57,7 +57,9 @@ def sentence(found: dict[str, Any]) -> str:
     beside = f"; {readers} of them do not write to the stream" if readers else ""
     verb = "explains" if k == 1 else "explain"
     along = f"{what} {verb} [bold]{explained:.1%}[/bold] of the change{beside}"
-    if explained >= _ALONG:
+    if explained >= _ALONG and found["strength"] is None:
+        along += "; the base has hardly anything along it: are the two given the wrong way round?"
+    elif explained >= _ALONG:
         along += f"; of what the base has along it, {found['strength']:.1%} is gone"
     near = found["cosines"]
     told = f"; cosine to the direction given {', '.join(f'{c:.4f}' for c in near)}" if near else ""

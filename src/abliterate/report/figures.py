@@ -74,3 +74,15 @@ def retained(metric: dict[str, Any]) -> str:
     if base is None or edited is None or odds or (metric["name"] != "perplexity" and not base):
         return "–"
     return f"{base / edited:.1%}" if metric["name"] == "perplexity" else f"{edited / base:.1%}"
+
+
+def broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:
+    """What the choice by causal test would have refused."""
+    if not scores:
+        return []
+    bounds = {
+        "ablating it does not lower the refusal score": scores["ablated"] < scores["base_harmful"],
+        "adding it does not raise it": scores["rise"] > 0,
+        f"KL {scores['kl']:.3f} is above --max-kl {max_kl:g}": scores["kl"] <= max_kl,
+    }
+    return [what for what, kept in bounds.items() if not kept]

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from abliterate.errors import CheckpointError
+
 SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -24,7 +26,9 @@ class RunRecord:
     `hub_id` is the base's name on the hub, if that is where it came from; `metrics` is a list of
     `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
     edited tensor with its leak after the cast; `tied_head` says what became of an LM head that shares the
-    embedding's weights; `judge` who judged the answers; `seconds` wall time for each step.
+    embedding's weights; `judge` who judged the answers; `seconds` wall time for each step; `charts` is what only the
+    page shows: tables of candidates by layer and position, projections by layer, counts by category, KL by prompt;
+    `base_card` what the base's own card says of licence, language and task. Either may be empty.
     """
 
     model: str
@@ -45,6 +49,8 @@ class RunRecord:
     observed: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     finalists: list[dict[str, Any]] = field(default_factory=list)
+    charts: dict[str, Any] = field(default_factory=dict)
+    base_card: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
     tool: str = "abliterate"
     version: str = field(default_factory=lambda: version("abliterate"))
@@ -59,7 +65,8 @@ class RunRecord:
     @property
     def direction_from_elsewhere(self) -> bool:
         """Whether the direction was found on another checkpoint than the one that was edited."""
-        return bool(self.direction["source"] and self.direction["source"].get("model") != self.model_fingerprint)
+        source = self.direction.get("source")
+        return bool(source and source.get("model") != self.model_fingerprint)
 
     @property
     def as_dict(self) -> dict[str, Any]:
@@ -72,5 +79,17 @@ class RunRecord:
 
     @classmethod
     def load(cls, path: Path) -> RunRecord:
-        """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read what `save` wrote, also of earlier versions.
+
+        Raises:
+            CheckpointError: no such file, or not a run record.
+        """
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(value, dict) or value.get("tool") != "abliterate" or value.get("schema") != SCHEMA:
+                raise ValueError(f"expected the record of a run, schema {SCHEMA}")
+            return cls(**value)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a run record of this version ({error})") from None

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from abliterate.report.figures import COLUMNS, counted, judged_by, rows, unjudged
+from abliterate.report.figures import COLUMNS, broken_bounds, counted, judged_by, rows, unjudged
 from abliterate.report.record import RunRecord
 
 _NOTES = {
@@ -48,8 +48,8 @@ def print_direction(console: Console, direction: dict[str, Any], max_kl: float) 
         return
     where = f"layer {direction['layer']}, position {direction['position']}"
     console.print(f"[bold]direction[/bold] {where}: {_scores(direction['scores'])}")
-    if broken_bounds := _broken_bounds(direction["scores"], max_kl):
-        console.print(f"[yellow]it fails the causal test:[/yellow] {'; '.join(broken_bounds)}")
+    if failed := broken_bounds(direction["scores"], max_kl):
+        console.print(f"[yellow]it fails the causal test:[/yellow] {'; '.join(failed)}")
 
 
 def print_run(console: Console, record: RunRecord, output: str) -> None:
@@ -119,18 +119,6 @@ def size(nbytes: int) -> str:
 def duration(seconds: float) -> str:
     """Seconds, or minutes where they are many."""
     return f"{max(1, seconds):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:
-    """What the choice by causal test would have refused."""
-    if not scores:
-        return []
-    bounds = {
-        "ablating it does not lower the refusal score": scores["ablated"] < scores["base_harmful"],
-        "adding it does not raise it": scores["rise"] > 0,
-        f"KL {scores['kl']:.3f} is above --max-kl {max_kl:g}": scores["kl"] <= max_kl,
-    }
-    return [what for what, kept in bounds.items() if not kept]
 
 
 def _scores(scores: dict[str, float]) -> str:

@@ -1,0 +1,144 @@
+"""The page: one HTML file that opens from disk, without a network and without scripts if need be.
+
+Owns what stands where on it, and the sentence that says what was done; never computes a figure.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from abliterate.report import panels
+from abliterate.report.command import command
+from abliterate.report.figures import broken_bounds, counted, judged_by, unjudged
+from abliterate.report.panels import Panel
+from abliterate.report.record import RunRecord
+
+#: The page's name in the folder of records.
+PAGE = "report.html"
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Section:
+    """Panels that belong together; `missing` says why there are none."""
+
+    name: str
+    title: str
+    panels: Sequence[Panel]
+    missing: str
+    wide: bool = True
+
+
+def page(record: RunRecord, name: str, *, unfinished: bool = False) -> str:
+    """The page of one run, finished or not, called `name`."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
+    template = environment.from_string((_HERE / "page.html.j2").read_text(encoding="utf-8"))
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return template.render(
+        r=record, name=name, unfinished=unfinished, lead=lead(record), judge=judged_by(record.metrics),
+        warnings=warnings(record), sections=sections(record, unfinished), environment=environment_of(record),
+        prompts=prompt_rows(record), command=command(record.given), script=Markup(script), digest=digest,  # noqa: S704  our own file
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704
+    )  # fmt: skip
+
+
+def lead(record: RunRecord) -> str:
+    """What was done, in one sentence."""
+    where, model = record.direction, record.hub_id or Path(record.model).name or record.model
+    if not where:
+        return f"No direction has been chosen for {model} yet."
+    if where.get("layer") is None:
+        found = f"A direction of the residual stream ({where['method']})"
+    else:
+        layers = record.resolved.get("n_layers")
+        of = f" (of 0 to {layers - 1})" if layers else ""
+        found = (
+            f"The refusal direction found at layer {where['layer']}{of}, position {panels.minus(where['position'])},"
+        )
+    if not record.edits:
+        return f"{found} is chosen for {model}; no weight has been edited yet."
+    verb = (
+        "is taken out by a LoRA adapter for" if record.resolved.get("format") == "adapter" else "was projected out of"
+    )
+    done = f"{found} {verb} {len(record.edits)} tensors of {model} at strength {record.resolved['strength']:g}"
+    for metric, called in (
+        ("refusal_rate", "refusals of {} harmful test prompts went from {:.1%} to {:.1%}"),
+        ("refusal_score", "the refusal score of {} harmful test prompts went from {:.2f} to {:.2f}"),
+    ):
+        m = record.metric(metric)
+        if m is not None and m["base"] is not None:
+            return f"{done}: {called.format(m['n'], m['base'], m['edited'])}."
+    return f"{done}; what that does to its answers was not measured."
+
+
+def warnings(record: RunRecord) -> list[str]:
+    """What a reader must know before trusting the figures."""
+    found = []
+    if record.direction and (failed := broken_bounds(record.direction["scores"], record.resolved["max_kl"])):
+        found.append(f"The direction fails the causal test: {'; '.join(failed)}.")
+    if record.direction_from_elsewhere:
+        found.append("The direction was found on another checkpoint than the one that was edited.")
+    counts = [sum(v.get("broken", 0) for v in record.verdicts.get(who, {}).values()) for who in ("base", "edited")]
+    if counts[1] > counts[0]:
+        found.append(f"More answers are broken text, neither refusal nor answer: {counted(record.verdicts, 'broken')}.")
+    if left_out := unjudged(record.verdicts):
+        found.append(f"Answers without a verdict, left out of the rates: {left_out}.")
+    return found
+
+
+def sections(record: RunRecord, unfinished: bool) -> list[Section]:
+    """Everything that is drawn, in the order of reading; sections without numbers say so."""
+    r = record
+    old = "The run has not come this far." if unfinished else "This record holds no numbers for it: {}."
+
+    def section(name: str, title: str, why: str, *found: Panel | None, wide: bool = True) -> Section:
+        return Section(name, title, [p for p in found if p is not None], old.format(why), wide)
+
+    earlier = "it was made by an edit alone, or by an earlier version"
+    return [
+        section("result", "Before and after", "nothing was measured", panels.before_after(r)),
+        section("direction", "Where the direction was found", earlier, panels.separation(r), panels.fall(r),
+                panels.finalists(r)),
+        section("along", "Both sets along the direction", earlier, panels.projected(r)),
+        section("weights", "What was taken out of the weights", "nothing was edited", panels.removed(r),
+                panels.leaks(r)),
+        section("categories", "Refusals by category", "no answers were compared, or the prompts name no categories",
+                panels.categories(r, "harmful"), panels.categories(r, "harmless"), panels.verdicts(r), wide=False),
+        section("cost", "How far answers moved", "nothing was measured, or by an earlier version",
+                panels.moved(r, "kl_first_token"), panels.moved(r, "kl_continuation"), wide=False),
+    ]  # fmt: skip
+
+
+def environment_of(record: RunRecord) -> list[tuple[str, str]]:
+    """With what the run was made."""
+    r = record
+    pairs = [
+        ("made", r.created),
+        ("abliterate", r.version),
+        ("Python", r.python),
+        *((name, version) for name, version in r.packages.items()),
+        ("device, type", ", ".join(str(r.resolved[k]) for k in ("device", "dtype") if r.resolved.get(k)) or "–"),
+        ("seed", str(r.resolved.get("seed", "–"))),
+        ("peak memory", f"{r.peak_memory_bytes / 1e9:.1f} GB" if r.peak_memory_bytes else "–"),
+        ("time", ", ".join(f"{step} {s:.0f} s" for step, s in r.seconds.items()) or "–"),
+        ("base fingerprint", r.model_fingerprint),
+        ("prompts declined by the base", f"{r.observed['refused']} of {r.observed['asked']}" if r.observed else "–"),
+    ]
+    return [(name, value) for name, value in pairs if value != "–"]
+
+
+def prompt_rows(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Name, size and hash of every part of both prompt sets."""
+    return [
+        (f"{kind}, {part}", str(found["n"]), found["sha256"][:16])
+        for kind, parts in record.prompts.items()
+        for part, found in parts.items()
+    ]
