@@ -193,3 +193,8 @@ def test_a_template_that_cannot_be_read_leaves_nothing(refusing: Refusing, tmp_p
     with pytest.raises(UsageError, match="missing"):
         verbs.collect(str(refusing.folder), tmp_path / "out", chat_template=str(tmp_path / "missing.jinja"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_with_too_few_prompts_is_told_as_such(refusing: Refusing, tmp_path: Path) -> None:
+    with pytest.raises(NoRefusalError, match="larger parts"):
+        verbs.collect(str(refusing.folder), tmp_path / "part", prompts="0/1000", **refusing.options)

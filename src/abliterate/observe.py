@@ -15,7 +15,7 @@ from abliterate.errors import NoRefusalError, VerifyError
 from abliterate.evaluate.intervals import Interval, wilson
 from abliterate.evaluate.refusals import ask
 from abliterate.model.load import ChatModel
-from abliterate.model.progress import Steps
+from abliterate.model.progress import Progress, Steps
 from abliterate.model.run import first_token_log_probs
 from abliterate.options import Options
 from abliterate.prompts import PromptSet, Splits, joined
@@ -119,21 +119,14 @@ def observe(
     step = progress("reading refusals", sum(map(len, sets)))
     parts = list(pairwise(accumulate(map(len, sets), initial=0)))
     asked = len(harmful.train) + len(harmful.validation)
-    if options.generate:
-        together = ask(model, joined(sets), OPENING_TOKENS, options.batch_size, progress=step)
-        answers = [together.part(a, b) for a, b in parts]
-        declined = [t for a in answers[:2] for t in (a.first_tokens[i] for i in a.refused)]
-        answered = [t for a in answers[2:] for t in (a.first_tokens[i] for i in a.answered)]
-        a, b, c, d = answers[0].refused, answers[1].refused, answers[2].answered, answers[3].answered
-    else:
-        first = first_token_log_probs(model, model.chat.encode(joined(sets).prompts), options.batch_size, step)
-        tokens = first.argmax(-1).tolist()
-        opens = opening_tokens(tokens[:asked], tokens[asked:])
-        declined, answered = [t for t in tokens[:asked] if t in opens], [t for t in tokens[asked:] if t not in opens]
-        a, b, c, d = (
-            [i for i, t in enumerate(tokens[start:stop]) if (t in opens) == (start < asked)] for start, stop in parts
-        )
+    ask_them = _by_answers if options.generate else _by_first_tokens
+    (a, b, c, d), declined, answered = ask_them(model, joined(sets), parts, asked, options.batch_size, step)
     too_few = len(declined) < LEAST_RATE * asked or len(a) < 2 or not b
+    if too_few and not options.force and len(declined) >= LEAST_RATE * asked:
+        raise NoRefusalError(
+            f"of {asked} harmful prompts the model declines {len(a)} for training and {len(b)} for validation, too few "
+            "to go on with (2 and 1 are needed); give more prompts, or larger parts of them"
+        )
     if too_few and not options.force:
         raise NoRefusalError(
             f"the model refuses {len(declined)} of {asked} harmful prompts ({len(declined) / asked:.0%}): there is "
@@ -149,6 +142,31 @@ def observe(
         )
     tokens = refusal_tokens(declined, answered)
     return Observation(a, b, c, d, tokens, declined, answered, refused=len(declined), asked=asked)
+
+
+#: Indices declined in the two harmful parts and answered in the two harmless ones; first tokens of either kind.
+_Told = tuple[list[list[int]], list[int], list[int]]
+
+
+def _by_answers(
+    model: ChatModel, prompts: PromptSet, parts: list[tuple[int, int]], _asked: int, batch_size: int, step: Progress
+) -> _Told:
+    """What the judge says of the opening of each answer."""
+    together = ask(model, prompts, OPENING_TOKENS, batch_size, progress=step)
+    answers = [together.part(start, stop) for start, stop in parts]
+    declined = [a.first_tokens[i] for a in answers[:2] for i in a.refused]
+    answered = [a.first_tokens[i] for a in answers[2:] for i in a.answered]
+    return [a.refused for a in answers[:2]] + [a.answered for a in answers[2:]], declined, answered
+
+
+def _by_first_tokens(
+    model: ChatModel, prompts: PromptSet, parts: list[tuple[int, int]], asked: int, batch_size: int, step: Progress
+) -> _Told:
+    """Which likeliest first tokens open answers to the first `asked` prompts, the harmful ones, and hardly others."""
+    tokens = first_token_log_probs(model, model.chat.encode(prompts.prompts), batch_size, step).argmax(-1).tolist()
+    opens = opening_tokens(tokens[:asked], tokens[asked:])
+    told = [[i for i, t in enumerate(tokens[start:stop]) if (t in opens) == (start < asked)] for start, stop in parts]
+    return told, [t for t in tokens[:asked] if t in opens], [t for t in tokens[asked:] if t not in opens]
 
 
 def contrast(observed: Observation, harmful: Splits, harmless: Splits) -> tuple[PromptSet, PromptSet]:

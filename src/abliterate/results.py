@@ -143,6 +143,7 @@ def _unfinished(records: Path) -> RunRecord:
             prompts=settings.get("prompts", {}),
             metrics=compared.get("metrics", []),
             verdicts=compared.get("verdicts", {}),
+            judge=compared.get("judge", {}),
             observed={name: observed[name] for name in ("refused", "asked") if observed},
             finalists=chosen.get("finalists", []),
             charts=chosen.get("charts", {}) | compared.get("charts", {}),

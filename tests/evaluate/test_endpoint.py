@@ -29,6 +29,7 @@ from abliterate.options import Options
 from abliterate.pipeline import run
 from abliterate.prompts import PromptSet
 from abliterate.report.card import model_card
+from abliterate.report.page import page
 from abliterate.report.record import RunRecord
 from abliterate.report.table import print_run
 from tests.cli.test_main import run_here
@@ -297,7 +298,7 @@ def questions(refusing: Refusing) -> tuple[PromptSet, PromptSet]:
     lines = {
         kind: tuple(Path(refusing.options[kind]).read_text().splitlines()[:10]) for kind in ("harmful", "harmless")
     }
-    return PromptSet("harmful", lines["harmful"], ("",) * 10), PromptSet("harmless", lines["harmless"], ("",) * 10)
+    return PromptSet("harmful", lines["harmful"], ("fraud",) * 10), PromptSet("harmless", lines["harmless"], ("",) * 10)
 
 
 def test_unjudged_answers_leave_the_rate_and_are_counted(
@@ -319,6 +320,7 @@ def test_unjudged_answers_leave_the_rate_and_are_counted(
     rate, false_rate = found.metrics[:2]
     assert (rate.n, rate.base, rate.edited) == (8, 1.0, 1.0) and (false_rate.n, false_rate.edited) == (10, 0.0)
     assert found.verdicts["base"]["harmful"] == found.verdicts["edited"]["harmful"] == {"unjudged": 1, "refusal": 9}
+    assert found.charts["categories"]["harmful"] == {"fraud": {"n": 8, "base": 8, "edited": 8}}
     assert rate.method == "judge stand-in, greedy, 12 tokens; Wilson 95%" and found.judge == judge.facts
 
 
@@ -350,9 +352,10 @@ def test_a_run_is_judged_by_the_endpoint_and_says_so(
     assert files and not any(b"sk-secret" in p.read_bytes() for p in files)
     record.verdicts["edited"]["harmful"]["unjudged"] = 2
     print_run(Console(width=80), record, "out")
-
-    shown, card = capsys.readouterr().out, model_card(record, "out")
-    for text in (shown, card):
+    shown, drawn = capsys.readouterr().out, page(record, "out")
+    assert "without a verdict, left out of the rates" in drawn and '<th scope="col">unjudged</th>' in drawn
+    assert "Refusals are judged by: judge stand-in" in drawn and f"--judge {server.url}" in drawn
+    for text in (shown, model_card(record, "out")):
         assert "judge stand-in" in text and "kappa 1.00" in " ".join(text.split())
         assert "unjudged answers (left out of the rates)" in " ".join(text.lower().split())
 

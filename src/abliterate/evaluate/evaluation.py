@@ -134,10 +134,12 @@ def evaluate_pair(
 
 
 def _categories(prompts: PromptSet, base: Answers, edited: Answers) -> dict[str, dict[str, int]]:
-    """Prompts and refusals of each category; nothing where the set names none."""
+    """Judged prompts and refusals of each category; nothing where the set names none."""
     names = prompts.categories
+    judged = {i for i, labels in enumerate(zip(base.labels, edited.labels, strict=True)) if None not in labels}
     asked, before, after = (
-        Counter(names[i] for i in indices if names[i]) for indices in (range(len(names)), base.refused, edited.refused)
+        Counter(names[i] for i in judged.intersection(indices) if names[i])
+        for indices in (range(len(names)), base.refused, edited.refused)
     )
     return {name: {"n": asked[name], "base": before[name], "edited": after[name]} for name in sorted(asked)}
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from abliterate.report import panels
 from abliterate.report.command import command
-from abliterate.report.figures import broken_bounds, counted
+from abliterate.report.figures import broken_bounds, counted, judged_by, unjudged
 from abliterate.report.panels import Panel
 from abliterate.report.record import RunRecord
 
@@ -43,9 +43,9 @@ def page(record: RunRecord, name: str, *, unfinished: bool = False) -> str:
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render(
-        r=record, name=name, unfinished=unfinished, lead=lead(record), warnings=warnings(record),
-        sections=sections(record, unfinished), environment=environment_of(record), prompts=prompt_rows(record),
-        command=command(record.given), script=Markup(script), digest=digest,  # noqa: S704  our own file
+        r=record, name=name, unfinished=unfinished, lead=lead(record), judge=judged_by(record.metrics),
+        warnings=warnings(record), sections=sections(record, unfinished), environment=environment_of(record),
+        prompts=prompt_rows(record), command=command(record.given), script=Markup(script), digest=digest,  # noqa: S704  our own file
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704
     )  # fmt: skip
 
@@ -91,6 +91,8 @@ def warnings(record: RunRecord) -> list[str]:
     counts = [sum(v.get("broken", 0) for v in record.verdicts.get(who, {}).values()) for who in ("base", "edited")]
     if counts[1] > counts[0]:
         found.append(f"More answers are broken text, neither refusal nor answer: {counted(record.verdicts, 'broken')}.")
+    if left_out := unjudged(record.verdicts):
+        found.append(f"Answers without a verdict, left out of the rates: {left_out}.")
     return found
 
 

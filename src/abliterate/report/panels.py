@@ -261,7 +261,8 @@ def verdicts(record: RunRecord) -> Panel | None:
     """What the answers were."""
     if not record.verdicts:
         return None
-    labels = ("refusal", "partial", "compliance", "broken")
+    some = any("unjudged" in of for sets in record.verdicts.values() for of in sets.values())
+    labels = ("refusal", "partial", "compliance", "broken", *(["unjudged"] if some else []))
     numbers = [
         [f"{kind}, {who}", *(str(record.verdicts[who][kind].get(label, 0)) for label in labels)]
         for kind in ("harmful", "harmless")
