@@ -125,7 +125,7 @@ def observe(
     if too_few and not options.force and len(declined) >= LEAST_RATE * asked:
         raise NoRefusalError(
             f"of {asked} harmful prompts the model declines {len(a)} for training and {len(b)} for validation, too few "
-            "to go on with (2 and 1 are needed); give more prompts, or larger parts of them"
+            "to go on with (2 and 1 are needed); give more prompts, or larger parts of them, or take all with --force"
         )
     if too_few and not options.force:
         raise NoRefusalError(
