@@ -244,7 +244,7 @@ def bench(
         model: the edited model.
         base: what it was made of.
         output: gets `bench.json` and the scores of every question.
-        tasks: names of lm-eval's tasks and groups, or `abliterate_questions`, which needs no network.
+        tasks: names of lm-eval's tasks and groups, or `abliterate_mcq`, which needs no network.
         n_questions: at most so many of each leaf task.
         margin: the loss that "retained" excludes, as a share of all questions.
         resume: go on with an interrupted run.

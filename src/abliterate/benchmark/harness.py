@@ -19,7 +19,7 @@ from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, Steps, no_steps, silent
 
 #: Our own task, which needs no network.
-BUILT_IN = "abliterate_questions"
+BUILT_IN = "abliterate_mcq"
 _FOLDER = Path(__file__).parent / "tasks"
 #: Of several scores of a question the one that its tasks are usually reported by; else the first.
 _USUAL = ("acc_norm", "exact_match", "acc")

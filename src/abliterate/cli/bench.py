@@ -28,7 +28,7 @@ def bench(
             metavar="TASK,TASK…",
             help="Tasks and groups of lm-eval; the built-in one, 360 questions over 12 subjects, needs no network.",
         ),
-    ] = "abliterate_questions",
+    ] = "abliterate_mcq",
     limit: Annotated[
         Optional[int], typer.Option(help="At most this many questions of each task.", show_default="all")
     ] = None,

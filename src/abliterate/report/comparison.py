@@ -98,14 +98,17 @@ def _range(tensors: list[dict[str, Any]], figure: str, form: str) -> str:
 
 def print_benchmarks(console: Console, found: dict[str, Any]) -> None:
     """The table of the field, with what it shows: base, edited, retained share with its interval."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in ("task", "n", "base", "edited", "difference", "retained", "shown"):
-        table.add_column(title, justify="left" if title in ("task", "shown") else "right", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+    for title in ("task", "n", "base", "edited", "points", "retained, %", "shown"):
+        folds = title == "task"
+        table.add_column(
+            title, justify="left" if title in ("task", "shown") else "right", overflow="fold", no_wrap=not folds
+        )
     for t in found["tasks"]:
         p = t["paired"]
         base, edited, (d, d_low, d_high) = p["base"][0], p["edited"][0], p["difference"]
-        kept = "–" if p["retained"] is None else "{:.1%} [{:.0%}, {:.0%}]".format(*p["retained"])
-        change = f"{100 * d:+.1f} [{100 * d_low:+.1f}, {100 * d_high:+.1f}]"
+        kept = "–" if p["retained"] is None else "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in p["retained"]))
+        change = f"{100 * d:+.1f} [{100 * d_low:.1f}, {100 * d_high:.1f}]"
         table.add_row(t["task"], str(p["n"]), f"{base:.1%}", f"{edited:.1%}", change, kept, t["verdict"])
     console.print(table)
     asked = f", at most {found['limit']} questions of each" if found["limit"] else ""

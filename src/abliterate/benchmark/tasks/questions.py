@@ -1,4 +1,4 @@
-"""The questions of `abliterate_questions`, as lm-eval loads them."""
+"""The questions of `abliterate_mcq`, as lm-eval loads them."""
 
 from __future__ import annotations
 
