@@ -34,7 +34,7 @@ __all__ = [
     "undo",
 ]  # fmt: skip
 
-SCHEMA = 1
+SCHEMA = 2
 #: The options that decide which prompts are used and how they are rendered: `select` takes them from `collect`.
 _PROMPT_OPTIONS = (
     "harmful",
