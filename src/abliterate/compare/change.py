@@ -5,7 +5,7 @@ Owns that arithmetic, in blocks of rows; never knows which tensors it works on o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,6 +136,11 @@ class AlongBasis:
     base: float
     delta: float
     product: float
+
+    @classmethod
+    def together(cls, parts: Iterable[AlongBasis]) -> AlongBasis:
+        """That of several matrices."""
+        return cls(*np.sum([(p.base, p.delta, p.product) for p in parts] or [(0.0, 0.0, 0.0)], axis=0).tolist())
 
     @property
     def strength(self) -> float | None:

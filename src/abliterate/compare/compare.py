@@ -102,17 +102,9 @@ def compare_checkpoints(
         VerifyError: a tensor holds NaN or infinity, or `given` has another width than the stream.
     """
     names = Names.of(base, other)
-    if not names.both:
-        raise CheckpointError(
-            f"{other.path}: none of its {len(other.tensors)} tensors has the name and shape of one in {base.path}; are "
-            "they of one architecture, saved alike?"
-        )
     writers, why = _writers(base)
     width = _width(base, writers)
-    if given is not None and width is not None and np.atleast_2d(given).shape[1] != width:
-        raise VerifyError(
-            f"the given direction has d_model {np.atleast_2d(given).shape[1]}, the model {width}: not of this model"
-        )
+    _check(base, other, names, width, given)
     with Files.opened(base, other) as files:
         differ = changed(files, names.both, steps("comparing", len(names.both)))
         found = changes(files, differ, steps("looking at changes", len(differ)))
@@ -124,11 +116,8 @@ def compare_checkpoints(
         for name, of in real.items():
             tensors.append(_described(files, name, of, writers.get(name), sides[name], shared))
             advance(1)
-    along = [t for t in tensors if t[1] is not None]
+    along = AlongBasis.together(a for _, a in tensors if a is not None)
     delta = sum(m.delta - m.rounding for c in real.values() for m in c)
-    explained = sum(a.delta for _, a in along if a is not None) / delta if delta > 0 else None
-    before = sum(a.base for _, a in along if a is not None)
-    product = sum(a.product for _, a in along if a is not None)
     return Comparison(
         base=str(base.path),
         other=str(other.path),
@@ -140,12 +129,25 @@ def compare_checkpoints(
         missing=names.missing,
         reshaped=names.reshaped,
         directions=shared,
-        explained=None if explained is None else min(1.0, explained),
-        strength=AlongBasis(before, sum(a.delta for _, a in along if a is not None), product).strength,
+        explained=min(1.0, along.delta / delta) if delta > 0 else None,
+        strength=along.strength,
         cosines=cosines(given, shared) if given is not None and shared.size else None,
         files=side_differences(base, other),
         writers_known=why,
     )
+
+
+def _check(base: Checkpoint, other: Checkpoint, names: Names, width: int | None, given: Float32Array | None) -> None:
+    """Check that there is something to compare, and that directions to compare with are as wide as the stream."""
+    if not names.both:
+        raise CheckpointError(
+            f"{other.path}: none of its {len(other.tensors)} tensors has the name and shape of one in {base.path}; are "
+            "they of one architecture, saved alike?"
+        )
+    if given is not None and width is not None and np.atleast_2d(given).shape[1] != width:
+        raise VerifyError(
+            f"the given direction has d_model {np.atleast_2d(given).shape[1]}, the model {width}: not of this model"
+        )
 
 
 def _writers(base: Checkpoint) -> tuple[dict[str, ResidualWriter], str | None]:
@@ -190,8 +192,7 @@ def _described(
     best: tuple[AlongBasis, float] | None = None
     for side in sides if shared.size else ():
         basis = orthonormal(shared, side.gain, side.centred)
-        parts = [along_basis(pair, basis, side.by_rows) for pair in files.pairs(name)]
-        along = AlongBasis(sum(p.base for p in parts), sum(p.delta for p in parts), sum(p.product for p in parts))
+        along = AlongBasis.together(along_basis(pair, basis, side.by_rows) for pair in files.pairs(name))
         if best is None or along.delta > best[0].delta:
             largest = max((m for m in of if len(m.sizes)), key=lambda m: float(m.sizes[0]))
             first = largest.right[:, 0] if side.by_rows else largest.left[:, 0]
