@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from abliterate.envelope import json_text
+from abliterate.report.layout import say
 
 #: What shells expect of a program that an interrupt ended.
 INTERRUPTED = 130
@@ -23,9 +26,18 @@ def stdout() -> Console:
     return Console()
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON, unwrapped and uncoloured."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print a result as JSON, unwrapped and uncoloured."""
+    print(json_text(value, escaped=True))
+
+
+def tell(message: str, kind: str = "") -> None:
+    """A message to standard error, behind its kind: on a terminal in lines of its width, else in one line."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        say(console, Text.assemble((kind, "bold red"), message), indent=len(kind))
+    else:
+        print(f"{kind}{' '.join(message.splitlines())}", file=sys.stderr)
 
 
 @contextmanager
@@ -34,7 +46,8 @@ def progress_bars(
 ) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Give `steps(title, total) -> advance`: one bar for each step on stderr, silent where that is no terminal.
 
-    An interrupt from the keyboard ends the program with the message `interrupted` and no traceback.
+    An interrupt from the keyboard ends the program with the message `interrupted` and no traceback. What libraries
+    print meanwhile goes to stderr: stdout is for the result.
     """
     _quiet_libraries()
     console = Console(stderr=True)
@@ -46,7 +59,10 @@ def progress_bars(
     logger.addHandler(notes)
     logger.setLevel(logging.INFO)
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        with (
+            redirect_stdout(sys.stderr),
+            Progress(*columns, console=console, disable=not console.is_terminal) as bars,
+        ):
 
             def steps(title: str, total: int) -> Callable[[int], None]:
                 task = bars.add_task(title, total=total)
@@ -54,7 +70,7 @@ def progress_bars(
 
             yield steps
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        tell(interrupted)
         raise SystemExit(INTERRUPTED) from None
     finally:
         logger.removeHandler(notes)
@@ -69,8 +85,10 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one note."""
-        if record.levelno > logging.INFO or self._console.is_terminal:
-            self._console.print(record.getMessage(), highlight=False, markup=False)
+        if self._console.is_terminal:
+            say(self._console, record.getMessage())
+        elif record.levelno > logging.INFO:
+            tell(record.getMessage())
 
 
 def _quiet_libraries() -> None:

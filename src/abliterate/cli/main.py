@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from abliterate.cli import bench, collect, compare, edit, evaluate, inspect, report, run, select, undo
-from abliterate.cli.console import INTERRUPTED
+from abliterate.cli.console import INTERRUPTED, tell
 from abliterate.errors import AbliterateError
 
 app = typer.Typer(
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=args)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         raise SystemExit(INTERRUPTED) from None
     except AbliterateError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(str(error), "error: ")
         raise SystemExit(error.exit_code) from None

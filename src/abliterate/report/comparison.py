@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
+
+from abliterate.report.layout import print_table, say
 
 #: From this share on, a change is said to be an edit along the shared directions; below the second, to be none.
 _ALONG, _HARDLY = 0.9, 0.5
@@ -15,23 +16,22 @@ _ALONG, _HARDLY = 0.9, 0.5
 
 def print_comparison(console: Console, found: dict[str, Any]) -> None:
     """One sentence, the table of changed tensors by kind, and what else differs."""
-    console.print(sentence(found), highlight=False)
+    say(console, Text.from_markup(sentence(found)))
     if found["changed"]:
-        console.print(_table(found["changed"]))
+        print_table(console, _CHANGED, _kinds(found["changed"]), {"changed"})
     for title in ("added", "missing", "reshaped", "rounded", "unread"):
         if found[title]:
             shown = ", ".join(found[title][:3]) + (" …" if len(found[title]) > 3 else "")
-            console.print(f"[bold]{_TITLES[title]}[/bold] {len(found[title])}: {shown}", highlight=False)
+            say(console, Text.assemble((_TITLES[title], "bold"), f" {len(found[title])}: {shown}"))
     for name, lines in found["files"].items():
-        console.print(f"[bold]{name}[/bold]")
+        say(console, name, style="bold")
         for line in lines:
-            console.print(f"  {line}", highlight=False, markup=False)
+            say(console, f"  {line}", indent=4)
     if found["writers_known"] is not None:
-        console.print(
-            f"[dim]which tensors write to the stream is not known: {found['writers_known']}[/dim]", highlight=False
-        )
+        say(console, f"which tensors write to the stream is not known: {found['writers_known']}", style="dim")
 
 
+_CHANGED = ("changed", "tensors", "layers", "rank", "strength", "explained", "cosine")
 _TITLES = {
     "added": "only in the other",
     "missing": "only in the base",
@@ -66,20 +66,19 @@ def sentence(found: dict[str, Any]) -> str:
     return head + along + told
 
 
-def _table(changed: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in ("changed", "tensors", "layers", "rank", "strength", "explained", "cosine"):
-        table.add_column(title, justify="left" if title == "changed" else "right", overflow="fold")
+def _kinds(changed: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One row of `_CHANGED` for the tensors of all layers that have the same name."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for t in changed:
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", t["tensor"]), []).append(t)
+    rows = list[tuple[str, ...]]()
     for kind, tensors in kinds.items():
         layers = [int(m[1]) for t in tensors if (m := re.search(r"\.(\d+)\.", t["tensor"]))]
         span = "" if not layers else f"{min(layers)}–{max(layers)}" if len(layers) > 1 else str(layers[0])
         figures = (_range(tensors, "strength", ".2f"), _range(tensors, "explained", ".0%"))
         name = ".".join(kind.removesuffix(".weight").split(".")[-2:])
-        table.add_row(name, str(len(tensors)), span, _ranks(tensors), *figures, _range(tensors, "cosine", ".3f"))
-    return table
+        rows.append((name, str(len(tensors)), span, _ranks(tensors), *figures, _range(tensors, "cosine", ".3f")))
+    return rows
 
 
 def _ranks(tensors: list[dict[str, Any]]) -> str:
@@ -98,23 +97,18 @@ def _range(tensors: list[dict[str, Any]], figure: str, form: str) -> str:
 
 def print_benchmarks(console: Console, found: dict[str, Any]) -> None:
     """The table of the field, with what it shows: base, edited, retained share with its interval."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
-    for title in ("task", "n", "base", "edited", "points", "retained, %", "shown"):
-        folds = title == "task"
-        table.add_column(
-            title, justify="left" if title in ("task", "shown") else "right", overflow="fold", no_wrap=not folds
-        )
+    rows = []
     for t in found["tasks"]:
         p = t["paired"]
         base, edited, (d, d_low, d_high) = p["base"][0], p["edited"][0], p["difference"]
         kept = "–" if p["retained"] is None else "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in p["retained"]))
         change = f"{100 * d:+.1f} [{100 * d_low:.1f}, {100 * d_high:.1f}]"
-        table.add_row(t["task"], str(p["n"]), f"{base:.1%}", f"{edited:.1%}", change, kept, t["verdict"])
-    console.print(table)
+        rows.append((t["task"], str(p["n"]), f"{base:.1%}", f"{edited:.1%}", change, kept, t["verdict"]))
+    print_table(console, ("task", "n", "base", "edited", "points", "retained, %", "shown"), rows, {"task", "shown"})
     asked = f", at most {found['limit']} questions of each" if found["limit"] else ""
-    console.print(
+    say(
+        console,
         f"95% intervals from pairs of answers{asked}. retained: a loss of {100 * found['margin']:g} points or more is "
         "excluded; lost, gained: a change is shown; all tasks together with an error of 5%.",
         style="dim",
-        highlight=False,
     )

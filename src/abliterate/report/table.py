@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from abliterate.report.figures import COLUMNS, broken_bounds, counted, judged_by, rows, unjudged
+from abliterate.report.layout import print_table, say
 from abliterate.report.record import RunRecord
 
 _NOTES = {
@@ -23,89 +23,83 @@ def print_metrics(console: Console, metrics: list[dict[str, Any]], verdicts: dic
     """The table of figures: before and after, or of one model alone."""
     alone = all(m["base"] is None for m in metrics)
     shown = [i for i, c in enumerate(COLUMNS) if not (alone and c in ("base", "retained"))]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in (COLUMNS[i] for i in shown):
-        title = "value" if alone and column == "edited" else column
-        table.add_column(title, justify="left" if column == "measure" else "right", no_wrap=column == "retained")
-    for row in rows(metrics):
-        table.add_row(*(row[i] for i in shown))
-    console.print(table)
+    titles = ["value" if alone and COLUMNS[i] == "edited" else COLUMNS[i] for i in shown]
+    print_table(console, titles, [[row[i] for i in shown] for row in rows(metrics)], {"measure"})
     notes = [note for name, note in _NOTES.items() if any(m["name"] == name for m in metrics)]
     intervals = "95% intervals, on test prompts nothing was fitted or chosen on."
     if verdicts:
-        console.print(f"broken answers (neither refusal nor answer): {counted(verdicts, 'broken')}", highlight=False)
+        say(console, f"broken answers (neither refusal nor answer): {counted(verdicts, 'broken')}")
     if left_out := unjudged(verdicts):
-        console.print(f"[yellow]unjudged answers (left out of the rates):[/yellow] {left_out}", highlight=False)
+        say(console, Text.assemble(("unjudged answers (left out of the rates):", "yellow"), f" {left_out}"))
     if method := judged_by(metrics):
         notes.append(f"Judged by: {method}.")
-    console.print(" ".join([intervals, *notes]), style="dim", markup=False)
+    say(console, " ".join([intervals, *notes]), style="dim")
 
 
 def print_direction(console: Console, direction: dict[str, Any], max_kl: float) -> None:
     """Where a direction was found, what its causal test said, and the bounds that it breaks if a person named it."""
     if direction["layer"] is None:
-        console.print(f"[bold]direction[/bold] {direction['method']}", highlight=False)
+        say(console, Text.assemble(("direction", "bold"), f" {direction['method']}"))
         return
     where = f"layer {direction['layer']}, position {direction['position']}"
-    console.print(f"[bold]direction[/bold] {where}: {_scores(direction['scores'])}")
+    say(console, Text.assemble(("direction", "bold"), f" {where}: {_scores(direction['scores'])}"))
     if failed := broken_bounds(direction["scores"], max_kl):
-        console.print(f"[yellow]it fails the causal test:[/yellow] {'; '.join(failed)}")
+        say(console, Text.assemble(("it fails the causal test:", "yellow"), f" {'; '.join(failed)}"))
 
 
 def print_run(console: Console, record: RunRecord, output: str) -> None:
     """What a finished run has to say: the direction, the edit, the table, where things are."""
     print_direction(console, record.direction, record.resolved["max_kl"])
     if record.direction_from_elsewhere:
-        console.print("[yellow]found on another checkpoint[/yellow] than the one that was edited")
+        say(console, Text.assemble(("found on another checkpoint", "yellow"), " than the one that was edited"))
     strength = f"{len(record.edits)} tensors, strength {record.resolved['strength']:g}"
     if record.resolved["format"] == "adapter":
-        console.print(f"[bold]adapter[/bold] for {strength}; the base is as it was")
+        say(console, Text.assemble(("adapter", "bold"), f" for {strength}; the base is as it was"))
     else:
         worst = max((e["leak"] for e in record.edits), default=0.0)
         same = f"{record.untouched + len(record.kept)} tensors byte-identical"
-        console.print(f"[bold]edited[/bold] {strength}, largest leak after the cast {worst:.1e}; {same}")
+        say(console, Text.assemble(("edited", "bold"), f" {strength}, largest leak after the cast {worst:.1e}; {same}"))
     if record.tied_head is not None:
-        console.print(f"[bold]LM head[/bold] {record.tied_head}", highlight=False)
+        say(console, Text.assemble(("LM head", "bold"), f" {record.tied_head}"))
     if record.metrics:
         print_metrics(console, record.metrics, record.verdicts)
     seconds = sum(record.seconds.values())
     memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
-    console.print(f"{output}: {seconds:.0f} s{memory}", style="dim")
+    say(console, f"{output}: {seconds:.0f} s{memory}", style="dim")
 
 
 def print_inspection(console: Console, found: dict[str, Any]) -> None:
     """What writes to the stream, what an edit would leave, and what it would take."""
-    console.print(
-        f"[bold]{found['model_type']}[/bold] {found['n_layers']} layers, d_model {found['d_model']}, "
-        f"{found['tensors']} tensors, {size(found['nbytes'])}",
-        highlight=False,
+    what = (
+        f" {found['n_layers']} layers, d_model {found['d_model']}, {found['tensors']} tensors, {size(found['nbytes'])}"
     )
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in ("writes to the stream", "tensors", "shape", "type", "size", "behind"):
-        table.add_column(title, justify="right" if title in ("tensors", "size") else "left")
-    for w in found["writers"]:
-        shape = " × ".join(f"[bold]{n}[/bold]" if i == w["axis"] else str(n) for i, n in enumerate(w["shape"]))
-        row = (w["role"], str(w["tensors"]), shape, w["dtype"], size(w["nbytes"]), w["behind"] or "–")
-        table.add_row(*row)
-    console.print(table)
+    say(console, Text.assemble((found["model_type"], "bold"), what))
+    titles = ("writes to the stream", "tensors", "shape", "type", "size", "behind")
+    writers = [
+        (w["role"], str(w["tensors"]), _shape(w), w["dtype"], size(w["nbytes"]), w["behind"] or "–")
+        for w in found["writers"]
+    ]
+    print_table(console, titles, writers, {"writes to the stream", "shape", "type", "behind"})
     edited = sum(w["nbytes"] for w in found["writers"])
-    console.print(
-        f"edited {size(edited)} in {sum(w['tensors'] for w in found['writers'])} tensors along the axis in bold; "
+    say(
+        console,
+        f"edited {size(edited)} in {sum(w['tensors'] for w in found['writers'])} tensors along the axis with a *; "
         f"{found['untouched']} read the stream or have no part in it and stay as they are",
-        highlight=False,
     )
     for name, why in found["kept"].items():
-        console.print(f"kept {name}: {why}", highlight=False)
+        say(console, f"kept {name}: {why}")
     if found["tied_head"] is not None:
-        console.print(f"LM head: {found['tied_head']}", highlight=False)
+        say(console, f"LM head: {found['tied_head']}")
     for name in found["left_out"]:
-        console.print(f"left out of the result: {name}", highlight=False)
-    console.print(
-        f"edit: {size(found['disk'])} of disk, {size(found['memory'])} of memory at most, about "
-        f"{duration(found['seconds'])} here",
-        style="dim",
-        highlight=False,
-    )
+        say(console, f"left out of the result: {name}")
+    needs = f"{size(found['disk'])} of disk, {size(found['memory'])} of memory at most"
+    say(console, f"edit: {needs}, about {duration(found['seconds'])} here", style="dim")
+
+
+def _shape(writer: dict[str, Any]) -> Text:
+    """The shape, with the axis that lies in the stream marked."""
+    numbers = [Text(f"{n}*", "bold") if i == writer["axis"] else Text(str(n)) for i, n in enumerate(writer["shape"])]
+    return Text(" × ").join(numbers)
 
 
 def size(nbytes: int) -> str:
