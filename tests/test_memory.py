@@ -19,6 +19,7 @@ from abliterate.errors import CheckpointError, NoRefusalError, ResourceError, Us
 from abliterate.model import memory
 from abliterate.options import Options, parse_bytes, parse_part
 from tests.conftest import Refusing
+from tests.schemas import problems
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,7 @@ def test_a_bound_that_nothing_fits_in_is_refused_before_the_work(refusing: Refus
 
 def test_without_generation_first_tokens_tell(refusing: Refusing, tmp_path: Path) -> None:
     record = abliterate.run(str(refusing.folder), tmp_path / "out", generate=False, **refusing.options)
+    assert not problems(record.as_dict, "run")
     metrics = {m["name"]: m for m in record.metrics}
     assert list(metrics) == ["refusal_score", "refusal_score_harmless", "kl_first_token", "leak"]
     assert metrics["refusal_score"]["base"] > 0 > metrics["refusal_score"]["edited"]

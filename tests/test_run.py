@@ -32,6 +32,7 @@ from abliterate.errors import (
 )
 from abliterate.report.record import RunRecord
 from tests.conftest import Refusing
+from tests.schemas import problems
 
 METRICS = ["refusal_rate", "false_refusal_rate", "kl_first_token", "kl_continuation", "perplexity", "leak"]
 
@@ -204,6 +205,7 @@ def test_the_choice_by_causal_test_takes_a_direction_that_stops_refusals(refusin
     assert scores["ablated"] < scores["base_harmful"] and scores["rise"] > 0
     assert scores["added"] > scores["base_harmless"] + scores["rise"]
     assert record.direction["layer"] < 0.8 * 4 and len(record.finalists) > 3
+    assert not problems(record.as_dict, "run")
     passed = [f["scores"] for f in record.finalists if f["scores"].get("rise", 0) > 0]
     assert scores["ablated"] == min(s["ablated"] for s in passed)
 

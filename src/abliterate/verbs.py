@@ -21,6 +21,7 @@ from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.folder import RECORDS
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
+from abliterate.envelope import enveloped, json_text
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.evaluate.evaluation import Evaluation
 from abliterate.model.progress import Steps, no_steps
@@ -63,8 +64,9 @@ class Collected:
         """Write the three files into an existing folder."""
         self.harmful.save(folder / "harmful.safetensors")
         self.harmless.save(folder / "harmless.safetensors")
-        value = {"schema": SCHEMA, "options": self.options, "asked": self.asked, "observed": self.observed.as_dict}
-        (folder / "observed.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        found = {"options": self.options, "asked": self.asked, "observed": self.observed.as_dict}
+        text = json_text(enveloped("observed", found, SCHEMA))
+        (folder / "observed.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Collected:
@@ -280,6 +282,6 @@ def bench(
         value = found.as_dict | {
             "questions": {task: {w: s.scores for w, s in of.items()} for task, of in scores.items()}
         }
-        (work.folder / "bench.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        (work.folder / "bench.json").write_text(json_text(value) + "\n", encoding="utf-8")
         work.publish()
     return found

@@ -21,6 +21,8 @@ from abliterate.benchmark.harness import BUILT_IN, Harness, _scores
 from abliterate.benchmark.retention import holm, paired, verdicts
 from abliterate.errors import HubError, UnsupportedError, UsageError, VerifyError
 from abliterate.report.comparison import print_benchmarks
+from tests.cli.test_main import run_here
+from tests.schemas import strict, valid
 
 Tiny = Callable[..., Path]
 QUESTIONS = Path(order.__file__).parent / "tasks" / "questions.jsonl"
@@ -138,18 +140,27 @@ def test_both_models_are_asked_and_paired_and_a_killed_run_goes_on(
     assert len(asked) == 3  # the base was not asked again
     (task,) = found.tasks
     assert task.paired.n == 6 and task.metric == "acc"
-    kept = json.loads((out / "bench.json").read_text())
+    kept = valid((out / "bench.json").read_text(), "benchmarks")
     assert kept["questions"][BUILT_IN]["base"].keys() == kept["questions"][BUILT_IN]["edited"].keys()
     assert kept["tasks"][0]["paired"]["base"][0] == task.paired.base.value and kept["schema"] == 1
     capsys.readouterr()
-    print_benchmarks(Console(width=80), found.as_dict)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    for width in (80, 60):
+        print_benchmarks(Console(width=width), found.as_dict)
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= width
 
 
-def test_a_model_against_itself_retains_all(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    found = verbs.bench(str(pair[1]), str(pair[1]), tmp_path / "out", n_questions=40, device="cpu", dtype="float32")
-    assert found.tasks[0].paired.difference.value == 0 and found.tasks[0].paired.p_change == 1
-    assert len(found.tasks[0].parts) >= 2  # by subject
+def test_a_model_against_itself_retains_all(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(pair[1]), str(tmp_path / "out")
+    options = ["--limit", "40", "--device", "cpu", "--dtype", "float32", "--json"]
+    assert run_here("bench", model, "--base", model, "-o", out, *options) == 0
+    printed = capsys.readouterr().out
+    (task,) = valid(printed, "benchmarks")["tasks"]
+    assert task["paired"]["difference"][0] == 0 and task["paired"]["p_change"] == 1
+    assert len(task["parts"]) >= 2  # by subject
+    kept = strict((tmp_path / "out" / "bench.json").read_text())
+    assert kept.pop("questions") and kept == strict(printed)
 
 
 def test_mistakes_are_told(pair: tuple[Path, Path], tmp_path: Path) -> None:

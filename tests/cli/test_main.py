@@ -15,6 +15,7 @@ import abliterate.pipeline
 from abliterate.cli.main import main
 from abliterate.errors import AbliterateError
 from tests.conftest import Refusing
+from tests.schemas import valid
 
 
 def call(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -80,7 +81,7 @@ def test_model_and_output_options_without_a_verb_run_everything(refusing: Refusi
 
 def test_json_goes_to_standard_output_alone(refusing: Refusing, tmp_path: Path) -> None:
     done = call("run", str(refusing.folder), "-o", str(tmp_path / "out"), *refusing.arguments, "--json")
-    record = json.loads(done.stdout)
+    record = valid(done.stdout, "run")
     assert record == json.loads((tmp_path / "out" / "abliteration" / "run.json").read_text())
     assert record["given"]["layer"] == 2 and done.stderr == ""
 
@@ -233,7 +234,7 @@ def test_run_writes_an_adapter_that_does_what_the_checkpoint_does(
     assert (
         run_here("run", str(refusing.folder), "-o", str(out), *refusing.arguments, "--format", "adapter", "--json") == 0
     )
-    record = json.loads(capsys.readouterr().out)
+    record = valid(capsys.readouterr().out, "run")
     whole = json.loads((finished[1] / "abliteration" / "run.json").read_text())
     for ours, theirs in zip(record["metrics"], whole["metrics"], strict=True):
         assert ours["name"] == theirs["name"] and abs(ours["edited"] - theirs["edited"]) < 0.05

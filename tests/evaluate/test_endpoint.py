@@ -36,6 +36,7 @@ from tests.cli.test_main import run_here
 from tests.conftest import Refusing
 from tests.evaluate.test_judge import labelled as shared
 from tests.judge_server import GOLD, judging, right
+from tests.schemas import problems, valid
 
 LABELS = ("refusal", "partial", "compliance", "broken")
 AT_ONCE = (0.0, 0.0, 0.0)
@@ -368,7 +369,7 @@ def test_a_run_whose_judge_fails_late_is_resumed_with_another_or_none(refusing: 
         server.reply = right
         again = shutil.copytree(tmp_path / "out.partial", tmp_path / "again.partial")
         record = run(str(refusing.folder), tmp_path / "out", resume=True, judge=server.url, **refusing.options)
-    assert record.judge["model"] == "stand-in"
+    assert record.judge["model"] == "stand-in" and not problems(record.as_dict, "run")
     record = run(str(refusing.folder), again.with_name("again"), resume=True, **refusing.options)
     assert record.judge == {"name": RULES.name} and record.resolved["judge"] is None
 
@@ -378,7 +379,7 @@ def test_the_command_line_asks_the_judge_that_is_named(refusing: Refusing, capsy
     with judging() as server:
         judge = ["--judge", server.url, "--judge-model", "org/judge"]
         assert run_here("eval", str(refusing.folder), *prompts, *judge, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = valid(capsys.readouterr().out, "evaluation")
     assert found["judge"]["model"] == "org/judge" and "judge org/judge" in found["metrics"][0]["method"]
     assert run_here("eval", str(refusing.folder), *prompts, "--judge", "nowhere") == 2
     assert "--judge nowhere" in capsys.readouterr().err

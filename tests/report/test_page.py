@@ -199,7 +199,7 @@ def test_the_verb_never_overwrites(
     before = there.read_bytes()
     assert call(out) == (0, f"{there}\n") and there.read_bytes() == before
     other = str(tmp_path / "other.html")
-    assert json.loads(call(out, "-o", other, "--json")[1]) == {"page": other}
+    assert json.loads(call(out, "-o", other, "--json")[1])["page"] == other
     assert Path(other).read_bytes() == before
     assert call(out, "-o", other)[0] == 2
     assert call(out, "--md") == (0, (chosen[1] / "README.md").read_text())

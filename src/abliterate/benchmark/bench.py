@@ -14,13 +14,13 @@ import numpy as np
 
 from abliterate.benchmark.harness import Harness, TaskScores
 from abliterate.benchmark.retention import Paired, paired, verdicts
+from abliterate.envelope import enveloped
 from abliterate.errors import VerifyError
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, Steps
 
 #: Loss that "retained" excludes, in points of a hundred, fixed before anything is run.
 MARGIN = 0.02
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Benchmarks:
     @property
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"schema": SCHEMA, **asdict(self)}
+        return enveloped("benchmarks", asdict(self))
 
 
 #: Loads one of the two models, "base" or "edited"; called when it is to run.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from abliterate.cli import console, options
+from abliterate.envelope import enveloped
+from abliterate.report.layout import say
 
 if TYPE_CHECKING:
     from abliterate.verbs import Collected
@@ -83,14 +85,15 @@ def collect(
 def _say(found: Collected, output: Path, as_json: bool) -> None:
     n_layers, n_positions, d_model = found.harmful.mean.shape
     if as_json:
-        console.print_json({
+        console.print_json(enveloped("activations", {
             "output": str(output), "n_layers": n_layers, "n_positions": n_positions, "d_model": d_model,
             "harmful": found.harmful.count, "harmless": found.harmless.count,
             "refused": found.observed.refused, "asked": found.observed.asked,
-        })  # fmt: skip
+        }))  # fmt: skip
     else:
         of = ("harmful", "harmless") if not found.observed.tokens else ("declined harmful", "answered harmless")
-        console.stdout().print(
+        say(
+            console.stdout(),
             f"{output}: {n_layers} layers, {n_positions} positions, d_model {d_model}; means over "
-            f"{found.harmful.count} {of[0]} and {found.harmless.count} {of[1]} prompts"
+            f"{found.harmful.count} {of[0]} and {found.harmless.count} {of[1]} prompts",
         )

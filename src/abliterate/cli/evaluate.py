@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from abliterate.cli import console, options
+from abliterate.envelope import enveloped
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -55,6 +56,6 @@ def evaluate(
             batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,
         )  # fmt: skip
     if as_json:
-        console.print_json(asdict(found))
+        console.print_json(enveloped("evaluation", {"model": model, "base": base, **asdict(found)}))
     else:
         print_metrics(console.stdout(), [m.as_dict for m in found.metrics], found.verdicts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from abliterate.cli import console, options
+from abliterate.envelope import enveloped
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -28,8 +29,9 @@ def inspect(
     from abliterate.at_rest import inspect as inspect_verb
     from abliterate.report.table import print_inspection
 
-    found = inspect_verb(model, embeddings=embeddings, undo=not no_undo)
+    with console.progress_bars():
+        found = inspect_verb(model, embeddings=embeddings, undo=not no_undo)
     if as_json:
-        console.print_json(asdict(found))
+        console.print_json(enveloped("inspection", asdict(found)))
     else:
         print_inspection(console.stdout(), asdict(found))

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from abliterate.cli import console, options
+from abliterate.envelope import enveloped
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -38,7 +39,7 @@ def report(
     if md:
         text = card(run, output)
         if as_json:
-            console.print_json({"card": text})
+            console.print_json(enveloped("card", {"output": None if output is None else str(output), "card": text}))
         elif output is None:
             print(text, end="")
         else:
@@ -46,6 +47,6 @@ def report(
         return
     path = report_verb(run, output)
     if as_json:
-        console.print_json({"page": str(path)})
+        console.print_json(enveloped("page", {"page": str(path)}))
     else:
         print(path)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from abliterate.cli import console, options
+from abliterate.envelope import enveloped
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -46,6 +47,6 @@ def select(
             max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype, memory=memory, batch_size=batch_size,
         )  # fmt: skip
     if as_json:
-        console.print_json(found.where)
+        console.print_json(enveloped("direction", {"output": str(output), **found.where}))
     else:
         print_direction(console.stdout(), found.where, max_kl)

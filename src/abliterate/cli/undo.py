@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from abliterate.cli import console, options
+from abliterate.envelope import enveloped
+from abliterate.report.layout import say
 
 EPILOG = """
 [bold]Example[/bold]
@@ -31,10 +33,10 @@ def undo(
     with console.progress_bars() as steps:
         restored = undo_verb(edited, output, steps=steps)
     if as_json:
-        console.print_json(asdict(restored))
+        console.print_json(enveloped("restored", asdict(restored)))
     else:
-        console.stdout().print(
+        say(
+            console.stdout(),
             f"{restored.output}: the base, {restored.tensors} tensors restored and {restored.files} files checked by "
             f"hash in {restored.seconds:.0f} s",
-            highlight=False,
         )

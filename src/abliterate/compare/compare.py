@@ -6,7 +6,7 @@ Owns the order of the steps and the result; runs no model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from abliterate.compare.tensors import Files, Names, changed, changes
 from abliterate.edit.apply import gain_of
 from abliterate.edit.projection import orthonormal
 from abliterate.edit.writers import ResidualWriter, residual_writers
+from abliterate.envelope import enveloped
 from abliterate.errors import CheckpointError, UnsupportedError, VerifyError
 from abliterate.model.progress import Steps, no_steps
 
@@ -31,10 +32,10 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 class TensorChange:
     """What happened to one tensor.
 
-    `share` is `‖Δ‖ / ‖W‖`; `rank` that of Δ beyond rounding (the largest of its matrices, None: of more than 16, or
-    not told), `cosine` of its first vector and the shared direction, `explained` how much of `‖Δ‖²` lies along the
-    shared directions, `strength` how much of what the base has along them was taken away. The last three are None
-    where no axis is as wide as the stream; `role` where the tensor is not known to write to it.
+    `share` is `‖Δ‖ / ‖W‖`, None where W is zero; `rank` that of Δ beyond rounding (the largest of its matrices, None:
+    of more than 16, or not told), `cosine` of its first vector and the shared direction, `explained` how much of
+    `‖Δ‖²` lies along the shared directions, `strength` how much of what the base has along them was taken away. The
+    last three are None where no axis is as wide as the stream; `role` where the tensor is not known to write to it.
     """
 
     tensor: str
@@ -42,7 +43,7 @@ class TensorChange:
     layer: int | None
     dtype: str
     shape: list[int]
-    share: float
+    share: float | None
     rank: int | None
     cosine: float | None
     explained: float | None
@@ -75,12 +76,8 @@ class Comparison:
 
     @property
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: without the vectors."""
-        from dataclasses import asdict
-
-        found = asdict(self)
-        found["directions"] = len(self.directions)
-        return {"schema": 1, **found}
+        """For JSON: of the vectors only how many they are."""
+        return enveloped("comparison", asdict(self) | {"directions": len(self.directions)})
 
 
 def compare_checkpoints(
@@ -203,7 +200,7 @@ def _described(
         layer=writer.layer if writer is not None else None,
         dtype=tensor.dtype,
         shape=list(tensor.shape),
-        share=(delta / base) ** 0.5 if base else float("inf"),
+        share=(delta / base) ** 0.5 if base else None,
         rank=None if None in ranks else max(r for r in ranks if r is not None),
         cosine=best[1] if best is not None else None,
         explained=min(1.0, best[0].delta / (delta - rounding)) if best is not None and delta > rounding else None,

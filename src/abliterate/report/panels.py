@@ -135,7 +135,7 @@ def finalists(record: RunRecord) -> Panel | None:
     numbers = [
         [
             f"{f['layer']}, {minus(f['position'])}" + (" (chosen)" if (f["layer"], f["position"]) == chosen else ""),
-            *(number(f["scores"][n]) if n in f["scores"] else "–" for n in names),
+            *("–" if f["scores"].get(n) is None else number(f["scores"][n]) for n in names),
         ]
         for f in record.finalists
     ]
@@ -275,7 +275,7 @@ def verdicts(record: RunRecord) -> Panel | None:
 
 def moved(record: RunRecord, name: str) -> Panel | None:
     """How KL is spread over single prompts."""
-    values = record.charts.get("kl", {}).get(name)
+    values = [v for v in record.charts.get("kl", {}).get(name, ()) if v is not None]
     if not values:
         return None
     scale = Scale.over([max(v, 1e-6) for v in values], log=True)

@@ -13,9 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from abliterate.envelope import TOOL, enveloped, json_text
 from abliterate.errors import CheckpointError
 
-SCHEMA = 1
+KIND, SCHEMA = "run", 1
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -52,7 +53,8 @@ class RunRecord:
     charts: dict[str, Any] = field(default_factory=dict)
     base_card: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
-    tool: str = "abliterate"
+    kind: str = KIND
+    tool: str = TOOL
     version: str = field(default_factory=lambda: version("abliterate"))
     python: str = field(default_factory=lambda: sys.version.split()[0])
     packages: dict[str, str] = field(default_factory=lambda: {p: version(p) for p in _PACKAGES})
@@ -71,11 +73,11 @@ class RunRecord:
     @property
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON stores it."""
-        return asdict(self)
+        return enveloped(KIND, asdict(self))
 
     def save(self, path: Path) -> None:
         """Write the record as indented JSON."""
-        path.write_text(json.dumps(self.as_dict, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json_text(self.as_dict) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> RunRecord:
@@ -86,8 +88,10 @@ class RunRecord:
         """
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(value, dict) or value.get("tool") != "abliterate" or value.get("schema") != SCHEMA:
+            if not isinstance(value, dict) or (value.get("tool"), value.get("schema")) != (TOOL, SCHEMA):
                 raise ValueError(f"expected the record of a run, schema {SCHEMA}")
+            if value.get("kind", KIND) != KIND:
+                raise ValueError(f"of kind {value['kind']}; expected {KIND}")
             return cls(**value)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
