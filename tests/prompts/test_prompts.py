@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from abliterate.errors import PromptError
 from abliterate.prompts import PromptSet, builtin, check_contrast, load_prompts, split
-from abliterate.prompts.load import builtin_splits
+from abliterate.prompts.load import Kind, builtin_splits
 from abliterate.prompts.promptset import words
 
 REQUESTS = [f"Request number {i} about {topic}" for i, topic in enumerate(("tea", "rain", "cats", "maps"))]
@@ -133,8 +135,34 @@ def test_built_in_sets_keep_their_promise() -> None:
     assert [len(builtin("harmful", part)) for part in ("train", "validation", "test")] == [1258, 72, 144]
 
 
+def test_the_borderline_set_is_balanced_varied_and_its_own() -> None:
+    splits = builtin_splits("borderline")
+    whole = splits.whole
+    assert len(set(map(words, whole.prompts))) == 240
+    assert all(p == p.strip() and "\n" not in p and 3 <= len(p.split()) <= 40 for p in whole.prompts)
+    for part, each in zip(splits, (8, 4, 8), strict=True):
+        assert Counter(part.categories) == dict.fromkeys(set(whole.categories), each)
+    assert len(set(whole.categories)) == 12
+    for n, share in ((1, 0.25), (2, 0.06)):
+        openings = Counter(" ".join(words(p).split()[:n]) for p in whole.prompts)
+        assert openings.most_common(1)[0][1] < share * 240
+    lengths = [len(p.split()) for p in whole.prompts]
+    assert min(lengths) < 6 and max(lengths) > 20
+    rows = (importlib.resources.files("abliterate.prompts") / "data" / "borderline.jsonl").read_text(encoding="utf-8")
+    families = [(row["family"], row["split"]) for row in map(json.loads, rows.splitlines())]
+    assert len(set(families)) == len({family for family, _ in families})
+
+
+@pytest.mark.parametrize("kind", ["harmful", "harmless"])
+def test_no_borderline_prompt_is_nearly_one_of_the_other_sets(kind: Kind) -> None:
+    mine = [set(words(p).split()) for p in builtin_splits("borderline").whole.prompts]
+    for p in builtin_splits(kind).whole.prompts:
+        s = set(words(p).split())
+        assert not [t for t in mine if len(s & t) >= 0.5 * len(s | t)]
+
+
 def test_no_near_duplicate_crosses_a_built_in_split() -> None:
-    for kind in ("harmful", "harmless"):
+    for kind in ("harmful", "harmless", "borderline"):
         parts = builtin_splits(kind)  # type: ignore[arg-type]
         for a, b in ((0, 1), (0, 2), (1, 2)):
             for p in parts[a].prompts:

@@ -19,7 +19,8 @@ from abliterate.prompts.promptset import PromptSet, Splits
 #: Column names under which a request is looked for, in this order.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "request")
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
-Kind = Literal["harmful", "harmless"]
+#: Borderline: harmless to answer, though it sounds harmful.
+Kind = Literal["harmful", "harmless", "borderline"]
 Split = Literal["train", "validation", "test"]
 
 
