@@ -137,3 +137,63 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="expected the checkpoint folder"):
         resolve_model(str(tmp_path / "model.safetensors"))
+
+
+LOAD = """
+import sys
+from abliterate.errors import AbliterateError
+from abliterate.prompts import load_prompts
+for source in sys.argv[1:]:
+    try:
+        found = load_prompts(source)
+        print(found.name, *found.prompts, *found.categories, sep="|")
+    except AbliterateError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def loaded(cache: Path, url: str, *sources: str, **env: str) -> list[str]:
+    """What `load_prompts` makes of each source, in a process whose hub client knows only the stand-in."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    settings = {"HF_ENDPOINT": url, "HF_HOME": str(cache), **env}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *sources], capture_output=True, text=True, check=False, env=clean | settings
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_one_file_of_a_data_set_is_fetched_alone_and_its_rows_chosen(tmp_path: Path) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    (data / "sub").mkdir(parents=True)
+    (data / "bench-80k.csv").write_text("prompt,category\nlarge,c\n")
+    (data / "bench-hard-1k.csv").write_text("prompt,category\nhard,d\n")
+    (data / "README.md").write_text("about it")
+    (data / "sub" / "x[1].csv").write_text("prompt,type,label\nkept,t,safe\ndropped,t,unsafe\n")
+    sources = [
+        "org/bench/bench-hard-1k.csv",
+        "org/bench@v2/bench-hard-1k.csv",
+        "org/bench/sub/x[1].csv:label=safe",
+        "org/bench/sub/x[1].csv:label=save",
+    ]
+    wrong = ["org/bench/bench-hard.csv", "org/bench@v9/bench-hard-1k.csv", "org/other/bench-hard-1k.csv"]
+    with serving(datasets__org__bench=data) as hub:
+        *said, choice, file, revision, other = loaded(cache, hub.url, *sources, *wrong)
+        assert said == [
+            "org/bench/bench-hard-1k.csv|hard|d",
+            "org/bench@v2/bench-hard-1k.csv|hard|d",
+            "org/bench/sub/x[1].csv:label=safe|kept|t",
+        ]
+        assert choice.startswith(
+            "PromptError org/bench/sub/x[1].csv: no row with label=save; the values there are safe"
+        )
+        assert file.endswith(
+            "no file 'bench-hard.csv' in this data set; it has bench-80k.csv, bench-hard-1k.csv, sub/x[1].csv"
+        )
+        assert revision.startswith("HubError org/bench@v9") and "no revision 'v9'" in revision
+        assert "no such dataset on the hub" in other
+        assert not list(cache.rglob("bench-80k.csv")) and not [r for r in hub.requests if r.endswith("80k.csv")]
+        asked = len(hub.requests)
+        *kept, never = loaded(cache, hub.url, *sources[:3], "org/bench/bench-80k.csv", HF_HUB_OFFLINE="1")
+        assert kept == said and never.startswith("HubError org/bench") and "could not be reached" in never
+        assert len(hub.requests) == asked

@@ -5,7 +5,10 @@ Owns hub ids and the hub's own client, cache, token and offline switches. Never 
 
 from __future__ import annotations
 
+import glob
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from abliterate.checkpoint.folder import FOREIGN_WEIGHTS
@@ -48,21 +51,52 @@ def hub_name(model: str) -> str | None:
     return model.partition("@")[0]
 
 
-def download(hub_id: str, repo_type: str = "model") -> Path:
-    """The cached snapshot folder of a hub id with an optional `@revision`, fetched where it is not complete."""
-    from huggingface_hub import errors as hub
+def download(hub_id: str, repo_type: str = "model", file: str | None = None) -> Path:
+    """The cached snapshot folder of a hub id with an optional `@revision`, fetched where it is not complete.
+
+    With `file`, that one alone is fetched; the folder lacks it where the hub has none of that name.
+
+    Raises:
+        HubError: the hub is unreachable, or does not know the id or revision, or wants a token.
+    """
     from huggingface_hub import snapshot_download
 
     name, _, revision = hub_id.partition("@")
-    try:
+    with _plain_errors(hub_id, repo_type):
         return Path(
             snapshot_download(
                 name,
                 revision=revision or None,
                 repo_type=repo_type,
+                allow_patterns=None if file is None else glob.escape(file),
                 ignore_patterns=_IGNORED if repo_type == "model" else None,
             )
         )
+
+
+def files_on_hub(hub_id: str, repo_type: str) -> list[str]:
+    """The names of all files that the hub has under an id with an optional `@revision`, sorted.
+
+    Raises:
+        HubError: as `download`.
+    """
+    from huggingface_hub import HfApi
+
+    name, _, revision = hub_id.partition("@")
+    with _plain_errors(hub_id, repo_type):
+        return sorted(HfApi().list_repo_files(name, revision=revision or None, repo_type=repo_type))
+
+
+@contextmanager
+def _plain_errors(hub_id: str, repo_type: str) -> Iterator[None]:
+    """What the hub's client raises, as errors of ours."""
+    from huggingface_hub import errors as hub
+
+    # These bases are OSError and the root of the errors of the library beneath the client, httpx or httpx2.
+    failed: tuple[type[Exception], ...] = (*hub.HfHubHTTPError.__bases__, hub.HFValidationError)
+    name, _, revision = hub_id.partition("@")
+    try:
+        yield
     except hub.GatedRepoError:
         raise HubError(
             f"{name}: gated on the hub; accept its terms on its page, then log in with 'hf auth login' or set HF_TOKEN"
@@ -73,9 +107,7 @@ def download(hub_id: str, repo_type: str = "model") -> Path:
         ) from None
     except hub.RevisionNotFoundError:
         raise HubError(f"{hub_id}: the hub has no revision '{revision}' of {name}; try the name alone") from None
-    except (hub.HFValidationError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise HubError(_unreachable(hub_id, error)) from None
-    except (hub.HfHubHTTPError, OSError) as error:
+    except failed as error:
         raise HubError(_unreachable(hub_id, error)) from None
 
 

@@ -21,14 +21,19 @@ Model = Annotated[
 Harmful = Annotated[
     Optional[str],
     typer.Option(
-        help="Requests the model should decline: a txt, json, jsonl, csv or parquet file, or a hub data set.",
+        help="Requests the model should decline: a txt, json, jsonl, csv or parquet file, a hub data set org/name or a "
+        "file in it org/name/FILE; with :COLUMN=VALUE behind it, only the rows whose COLUMN is VALUE.",
         show_default="built-in",
         rich_help_panel=_PROMPTS,
     ),
 ]
 Harmless = Annotated[
     Optional[str],
-    typer.Option(help="Requests it should answer.", show_default="built-in", rich_help_panel=_PROMPTS),
+    typer.Option(
+        help="Requests it should answer, such as xstest.csv:label=safe.",
+        show_default="built-in",
+        rich_help_panel=_PROMPTS,
+    ),
 ]
 Limit = Annotated[
     Optional[int],

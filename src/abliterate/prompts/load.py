@@ -1,6 +1,6 @@
-"""Read prompt sets: the built-in ones, txt, json, jsonl, csv, parquet, or a data set on the hub.
+"""Read prompt sets: the built-in ones, txt, json, jsonl, csv, parquet; all rows or chosen ones.
 
-Owns file formats and column names; never knows models or how a set is split.
+Owns file formats and column names; never knows models, where files come from, or how a set is split.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from abliterate.errors import PromptError
 from abliterate.prompts.promptset import PromptSet, Splits
+from abliterate.prompts.source import FORMATS, Where, find, listed
 
 #: Column names under which a request is looked for, in this order.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "request")
-FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+#: The same for a request's category.
+CATEGORIES = ("category", "type")
 #: Borderline: harmless to answer, though it sounds harmful.
 Kind = Literal["harmful", "harmless", "borderline"]
 Split = Literal["train", "validation", "test"]
@@ -37,52 +39,63 @@ def builtin_splits(kind: Kind) -> Splits:
 
 
 def load_prompts(source: str) -> PromptSet:
-    """The prompts in a file, or in the first readable file of a hub data set `org/name[@revision]`.
+    """The prompts in a file, in a folder, or in a hub data set `org/name[@revision]` or a file of it `org/name/FILE`.
+
+    Behind any of these, `:COLUMN=VALUE` takes only the rows whose COLUMN is VALUE: `xstest.csv:label=safe`.
+    Of a folder or data set without a file named, the first readable file is taken.
 
     Raises:
-        PromptError: no such file, unreadable, no column of requests, or empty.
-        HubError: the hub is unreachable or does not know the id.
+        PromptError: no such file, unreadable, no column of requests, no such column or value, or empty.
+        HubError: the hub is unreachable, or does not know the id, the revision or the file.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read(path)
-    if path.is_dir():
-        return _read(_first_readable(path, source))
-    if source.count("/") == 1 and not path.suffix and not path.parent.is_dir():
-        from abliterate.checkpoint.source import download
-
-        return _read(_first_readable(download(source, repo_type="dataset"), source), source)
-    raise PromptError(f"{source}: no such file; give a file ({', '.join(FORMATS)}) or a hub data set org/name")
+    return _read(*find(source))
 
 
-def _first_readable(folder: Path, source: str) -> Path:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in FORMATS and p.name != "dataset_infos.json")
-    data = [p for p in files if p.suffix != ".txt"] or files
-    if not data:
-        raise PromptError(f"{source}: no file to read prompts from (looked for {', '.join(FORMATS)})")
-    return next((p for p in data if "train" in p.name), data[0])
-
-
-def _read(path: Path, name: str | None = None) -> PromptSet:
+def _read(path: Path, name: str, where: Where | None) -> PromptSet:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise PromptError(f"{path}: unknown format '{path.suffix}'; expected {', '.join(FORMATS)}")
     try:
-        rows = reader(path)
+        rows = list(enumerate(reader(path), 1))
     except UnicodeDecodeError as error:
         raise PromptError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (csv.Error, json.JSONDecodeError) as error:
         raise PromptError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from None
     except OSError as error:
         raise PromptError(f"{path}: cannot be opened ({error.strerror})") from None
-    pairs = [_request(row, path, i) for i, row in enumerate(rows, 1)]
+    if where is not None and rows:
+        rows = _chosen(rows, where, name)
+        name = f"{name}:{where.column}={where.value}"
+    pairs = [_request(row, path, i) for i, row in rows]
     kept = {prompt: category for prompt, category in reversed(pairs) if prompt}
     prompts = [p for p in dict.fromkeys(prompt for prompt, _ in pairs) if p]
     if not prompts:
         raise PromptError(
-            f"{path}: no prompts in it; expected one request a line, or a column {', '.join(COLUMNS[:3])}"
+            f"{name}: no prompts in it; expected one request a line, or a column {', '.join(COLUMNS[:3])}"
         )
-    return PromptSet(name or str(path), tuple(prompts), tuple(kept[p] for p in prompts))
+    return PromptSet(name, tuple(prompts), tuple(kept[p] for p in prompts))
+
+
+def _chosen(rows: list[tuple[int, Any]], where: Where, name: str) -> list[tuple[int, Any]]:
+    """The numbered rows that `where` wants."""
+    records = [(number, row) for number, row in rows if isinstance(row, dict)]
+    columns = [c for c in dict.fromkeys(column for _, row in records for column in row) if isinstance(c, str)]
+    if where.column not in columns:
+        there = f"it has {listed(columns)}" if columns else "its rows are plain text, without columns"
+        raise PromptError(f"{name}: no column '{where.column}' to choose rows by; {there}")
+    said = [(number, row, _said(row.get(where.column))) for number, row in records]
+    chosen = [(number, row) for number, row, value in said if value == where.value]
+    if not chosen:
+        there = listed(dict.fromkeys(value for _, _, value in said))
+        raise PromptError(f"{name}: no row with {where.column}={where.value}; the values there are {there}")
+    return chosen
+
+
+def _said(value: Any) -> str:
+    """A cell as one would type it: text as it is, all else as JSON writes it."""
+    if isinstance(value, str):
+        return value.strip()
+    return "" if value is None else json.dumps(value, default=str)
 
 
 def _request(row: Any, path: Path, number: int) -> tuple[str, str]:
@@ -92,7 +105,7 @@ def _request(row: Any, path: Path, number: int) -> tuple[str, str]:
     if isinstance(row, dict):
         for column in COLUMNS:
             if isinstance(row.get(column), str):
-                return row[column].strip(), str(row.get("category") or "")
+                return row[column].strip(), next((str(row[c]) for c in CATEGORIES if row.get(c)), "")
         if named := [column for column in COLUMNS if column in row]:
             value = row[named[0]]
             raise PromptError(f"{path}: row {number}: '{named[0]}' is {value!r:.40}; expected text")
