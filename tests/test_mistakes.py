@@ -259,13 +259,14 @@ def test_damaged_observations_are_named(refusing: Refusing, tmp_path: Path) -> N
     acts = tmp_path / "acts"
     verbs.collect(str(refusing.folder), acts, **prompt_options(refusing))
     whole = json.loads((acts / "observed.json").read_text())
-    for part, change in (
-        ("options", {"limit": "x"}),
-        ("options", {"colour": 1}),
-        ("observed", {"tokens": "abc"}),
-        ("observed", {"refused": None}),
+    for change in (
+        {"options": whole["options"] | {"limit": "x"}},
+        {"options": whole["options"] | {"colour": 1}},
+        {"observed": whole["observed"] | {"tokens": "abc"}},
+        {"observed": whole["observed"] | {"refused": None}},
+        {"schema": whole["schema"] + 1},
     ):
-        (acts / "observed.json").write_text(json.dumps(whole | {part: whole[part] | change}))
+        (acts / "observed.json").write_text(json.dumps(whole | change))
         with pytest.raises(CheckpointError, match="collect"):
             verbs.select(str(refusing.folder), acts, tmp_path / "d.safetensors")
 

@@ -77,6 +77,8 @@ class Collected:
         """
         try:
             value = json.loads((folder / "observed.json").read_text(encoding="utf-8"))
+            if value["schema"] != SCHEMA:
+                raise ValueError(f"observed.json is of schema {value['schema']}; expected {SCHEMA}: collect again")
             observed, options = Observation.from_dict(value["observed"]), value["options"]
             asked = {str(k): str(v) for k, v in value["asked"].items()}
             Options(**options).check()
