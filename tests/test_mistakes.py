@@ -30,8 +30,8 @@ from abliterate.errors import (
     UsageError,
     VerifyError,
 )
-from abliterate.evaluate.evaluation import _metric
 from abliterate.evaluate.intervals import Interval
+from abliterate.evaluate.metric import Metric
 from abliterate.prompts import load_prompts, split
 from abliterate.report.card import model_card
 from abliterate.report.record import RunRecord
@@ -345,9 +345,9 @@ def test_a_direction_of_another_checkpoint_is_said(refusing: Refusing, tmp_path:
 
 
 def test_one_prompt_gets_no_interval() -> None:
-    found = _metric("kl_first_token", "set", None, Interval(0.5, 0.5, 0.5), 1, "how")
+    found = Metric.of("kl_first_token", "set", None, Interval(0.5, 0.5, 0.5), 1, "how")
     assert (found.edited, found.low, found.high) == (0.5, None, None)
-    assert _metric("kl_first_token", "set", None, Interval(0.5, 0.4, 0.6), 2, "how").low == 0.4
+    assert Metric.of("kl_first_token", "set", None, Interval(0.5, 0.4, 0.6), 2, "how").low == 0.4
 
 
 def test_an_empty_model_name_is_not_the_current_folder() -> None:

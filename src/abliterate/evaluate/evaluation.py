@@ -6,7 +6,7 @@ Owns which figures are taken and how they are named; never knows how the edit wa
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
 from abliterate.evaluate.divergence import Divergence, divergence, leak, quantiles
-from abliterate.evaluate.intervals import Interval, bootstrap, mean, wilson
+from abliterate.evaluate.intervals import bootstrap, mean, wilson
 from abliterate.evaluate.judge import RULES, Judge
+from abliterate.evaluate.metric import Metric
 from abliterate.evaluate.refusals import Answers, ask, method
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps
@@ -28,30 +29,6 @@ from abliterate.prompts import PromptSet
 LEAK_PROMPTS = 16
 #: Answer tokens along which KL and perplexity are taken.
 CONTINUATION = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One figure for base and edited model: values, 95% intervals, number of prompts, method.
-
-    A figure that compares the two (KL) has no base value. `prompts` names the set.
-    """
-
-    name: str
-    prompts: str
-    base: float | None
-    base_low: float | None
-    base_high: float | None
-    edited: float | None
-    low: float | None
-    high: float | None
-    n: int
-    method: str
-
-    @property
-    def as_dict(self) -> dict[str, Any]:
-        """The figure as JSON stores it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +145,7 @@ def evaluate_first_tokens(
             before, after = (bootstrap(x[part], mean) for x in scores)
             how = f"mean log-odds that the first answer token opens a refusal, {name} prompts; bootstrap 95%"
             called = "refusal_score" if name == "harmful" else "refusal_score_harmless"
-            metrics.append(_metric(called, prompts.name, before, after, len(prompts), how))
+            metrics.append(Metric.of(called, prompts.name, before, after, len(prompts), how))
     kept = [i for i, t in enumerate(p[n:].argmax(-1).tolist()) if t not in tokens]
     if not kept:
         raise VerifyError(
@@ -178,7 +155,7 @@ def evaluate_first_tokens(
     kl = kl_divergence(p[n:][kept], q[n:][kept]).double().cpu().numpy()
     how = f"mean KL(base‖edited), nats, first answer token; {quantiles(kl)}; bootstrap 95%"
     name = questions.harmless.name + (", not opened like a refusal by the base" if tokens else "")
-    metrics.append(_metric("kl_first_token", name, None, bootstrap(kl, mean), len(kept), how))
+    metrics.append(Metric.of("kl_first_token", name, None, bootstrap(kl, mean), len(kept), how))
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
     return Evaluation(tuple(metrics), {}, {"kl": {"kl_first_token": _sorted(kl)}})
@@ -209,7 +186,7 @@ def _rate(name: str, prompts: PromptSet, base: Answers | None, edited: Answers, 
     rates = [wilson(column.count("refusal"), len(kept)) for column in zip(*kept, strict=True)]
     before = rates[0] if base is not None else None
     how = method(questions.judge, questions.max_new_tokens)
-    return _metric(name, prompts.name, before, rates[-1], len(kept), how)
+    return Metric.of(name, prompts.name, before, rates[-1], len(kept), how)
 
 
 def _cost(
@@ -233,16 +210,16 @@ def _cost(
     name, n = f"{questions.harmless.name}, answered by the base", len(kept)
     charts = {"kl": {"kl_first_token": _sorted(found.kl_first), "kl_continuation": _sorted(found.kl_continuation)}}
     metrics = [
-        _metric(
+        Metric.of(
             "kl_first_token", name, None, bootstrap(found.kl_first, mean), n,
             f"mean KL(base‖edited), nats, first answer token; {quantiles(found.kl_first)}; bootstrap 95%",
         ),
-        _metric(
+        Metric.of(
             "kl_continuation", name, None, bootstrap(found.kl_continuation, mean), n,
             f"mean KL(base‖edited), nats, along the base's own answer, up to {CONTINUATION} tokens; "
             f"{quantiles(found.kl_continuation)}; bootstrap 95%",
         ),
-        _metric(
+        Metric.of(
             "perplexity", name, found.base_perplexity, found.other_perplexity, n,
             f"of the base's own answers, up to {CONTINUATION} tokens; bootstrap 95%",
         ),
@@ -261,15 +238,4 @@ def _leak(base: ChatModel, edited: ChatModel, questions: Questions, direction: n
     unit, tail = torch.from_numpy(direction), len(base.chat.tail())
     before, after = (bootstrap(leak(m, rows, unit, tail, questions.batch_size), mean) for m in (base, edited))
     how = "RMS share |r̂ᵀh|/‖h‖ of the residual stream after every block at the template's tokens; bootstrap 95%"
-    return _metric("leak", questions.harmful.name, before, after, len(rows), how)
-
-
-def _metric(name: str, prompts: str, base: Interval | None, edited: Interval, n: int, how: str) -> Metric:
-    """The figure; one prompt says nothing of a spread, so it gets no interval."""
-
-    def bounds(found: Interval | None) -> tuple[float | None, float | None, float | None]:
-        if found is None:
-            return None, None, None
-        return (found.value, found.low, found.high) if n > 1 else (found.value, None, None)
-
-    return Metric(name, prompts, *bounds(base), *bounds(edited), n, how)
+    return Metric.of("leak", questions.harmful.name, before, after, len(rows), how)
