@@ -78,7 +78,8 @@ def test_without_generation_first_tokens_tell(refusing: Refusing, tmp_path: Path
     record = abliterate.run(str(refusing.folder), tmp_path / "out", generate=False, **refusing.options)
     assert not problems(record.as_dict, "run")
     metrics = {m["name"]: m for m in record.metrics}
-    assert list(metrics) == ["refusal_score", "refusal_score_harmless", "kl_first_token", "leak"]
+    assert list(metrics) == ["refusal_score", "refusal_score_harmless", "kl_first_token", "perplexity_text", "leak"]
+    assert 0 <= metrics["kl_first_token"]["base"] < 1e-6
     assert metrics["refusal_score"]["base"] > 0 > metrics["refusal_score"]["edited"]
     assert metrics["refusal_score_harmless"]["base"] < 0
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -95,7 +96,8 @@ def test_without_generation_a_model_that_opens_all_alike_has_no_refusal(
     with pytest.raises(NoRefusalError, match="--force"):
         abliterate.run(random, tmp_path / "out", generate=False, **refusing.options)
     forced = abliterate.run(random, tmp_path / "out", generate=False, force=True, **refusing.options)
-    assert forced.observed["refusal_tokens"] == [] and {m["name"] for m in forced.metrics} == {"kl_first_token", "leak"}
+    names = ["kl_first_token", "perplexity_text", "recognition", "leak"]
+    assert forced.observed["refusal_tokens"] == [] and [m["name"] for m in forced.metrics] == names
 
 
 @pytest.mark.parametrize("n", [2, 3])

@@ -34,7 +34,9 @@ from abliterate.report.record import RunRecord
 from tests.conftest import Refusing
 from tests.schemas import problems
 
-METRICS = ["refusal_rate", "false_refusal_rate", "kl_first_token", "kl_continuation", "perplexity", "leak"]
+METRICS = [
+    "refusal_rate", "false_refusal_rate", "kl_first_token", "kl_continuation", "perplexity", "perplexity_text", "leak",
+]  # fmt: skip
 
 
 TIMED = ("abliteration/run.json", "abliteration/report.html", "README.md")

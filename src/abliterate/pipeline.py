@@ -20,6 +20,7 @@ from abliterate.direction.profile import profile
 from abliterate.edit.plan import EditPlan, plan_edit
 from abliterate.errors import AbliterateError
 from abliterate.evaluate.judge import Judge
+from abliterate.evaluate.text import load_text
 from abliterate.model.load import ChatModel, pick_device, pick_dtype
 from abliterate.model.memory import peak_memory
 from abliterate.model.progress import Steps, no_steps
@@ -44,6 +45,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     chosen.check()
     check_output(out, None)
     harmful, harmless = step.prompt_splits(chosen)
+    load_text(chosen.text)  # one that cannot be read, and a judge that may not judge, show before hours of work
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
@@ -51,11 +53,11 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     step.check_site(checkpoint, chosen)
     require_room(out, checkpoint)
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
-    judge = step.pick_judge(chosen, steps)  # one that may not judge shows before hours of work, not after
+    judge = step.pick_judge(chosen, steps)
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
     settings["asked"] = step.asked_of(chosen)
-    # Going on after "there is no refusal", without the comparison or with another judge is a resume like any other.
-    for name in ("force", "evaluate", "memory", "judge", "judge_model"):
+    # Going on after "there is no refusal", without the comparison or with another one is a resume like any other.
+    for name in ("force", "evaluate", "memory", "judge", "judge_model", "text"):
         del settings[name]
     with Workspace(out, source, settings, resume) as work:
         this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, judge, steps, memory)

@@ -30,6 +30,7 @@ from abliterate.evaluate.agreement import agreed
 from abliterate.evaluate.endpoint import connect
 from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_first_tokens, evaluate_pair
 from abliterate.evaluate.judge import RULES, Judge
+from abliterate.evaluate.text import load_text
 from abliterate.model.chat import ChatFormat, load_tokenizer
 from abliterate.model.load import ChatModel, load_model, pick_device, pick_dtype
 from abliterate.model.memory import available, fits_whole, need
@@ -280,8 +281,12 @@ def compare(
     """The edited model on the test prompts, against its base where there is one; leak where `direction` is known.
 
     Without generation, by refusal tokens alone.
+
+    Raises:
+        UsageError: the text to be read is none.
     """
-    asked = Questions(harmful.test, harmless.test, options.max_new_tokens, options.batch_size, judge)
+    text = load_text(options.text)
+    asked = Questions(harmful.test, harmless.test, options.max_new_tokens, options.batch_size, judge, text)
     if base is None:
         return evaluate_alone(edited, asked, steps)
     if not options.generate:

@@ -24,6 +24,7 @@ from abliterate.edit.plan import plan_edit
 from abliterate.envelope import enveloped, json_text
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.evaluate.evaluation import Evaluation
+from abliterate.evaluate.text import load_text
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
@@ -205,7 +206,9 @@ def select(
 
 
 def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **options: Any) -> Evaluation:
-    """Refusal rates of `model` on the test prompts; against `base` also KL, perplexity and, for our edits, leak.
+    """Refusal rates of `model` on the test prompts, its perplexity of a text, and whether it recognises harm.
+
+    Against `base` also KL, perplexity of the base's answers and, for our edits, leak.
 
     Raises:
         AbliterateError: as its kinds say.
@@ -215,6 +218,7 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     if base is None and not chosen.generate:
         raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
     harmful, harmless = step.prompt_splits(chosen)
+    load_text(chosen.text)  # one that cannot be read shows before the models are loaded
     folders = [find_model(m) for m in (model, base) if m is not None]
     checkpoints = [open_checkpoint(folder) for folder in folders]
     memory = step.bounded_memory(checkpoints, chosen)

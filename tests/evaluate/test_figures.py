@@ -89,9 +89,11 @@ def test_a_model_against_itself_has_not_moved(refusing: Refusing, questions: Que
     assert values["false_refusal_rate"].edited == 0.0
     assert values["kl_first_token"].edited == pytest.approx(0, abs=1e-6)
     assert values["perplexity"].base == values["perplexity"].edited
-    assert all(m.n == 10 for m in found.metrics)
+    assert all(m.n == 10 for m in found.metrics if m.name != "perplexity_text")
+    text = values["perplexity_text"]
+    assert text.base == text.edited and text.n > 10
     alone = evaluate_alone(model, questions, no_steps)
-    assert [m.name for m in alone.metrics] == ["refusal_rate", "false_refusal_rate"]
+    assert [m.name for m in alone.metrics] == ["refusal_rate", "false_refusal_rate", "perplexity_text"]
     assert alone.metrics[0].base is None and alone.metrics[0].edited == 1.0
     assert "help with that" not in json.dumps(asdict(found))
 
@@ -121,17 +123,20 @@ def metric(name: str, base: float | None, edited: float, low: float | None = Non
 def test_the_table_fits_80_columns_and_says_what_is_retained(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         metric("refusal_rate", 1.0, 0.999, 0.9), metric("false_refusal_rate", 0.125, 0.0),
-        metric("kl_first_token", None, 12.345), metric("kl_continuation", None, 0.0001),
+        metric("kl_first_token", None, 12.345), metric("kl_continuation", 1.2e-8, 0.0001),
         metric("perplexity", 12.5, 25.0), metric("leak", 0.5, 0.0001),
+        metric("perplexity_text", 212.5, 200.0), metric("recognition", 0.91, 0.88),
     ]  # fmt: skip
     print_metrics(Console(width=80), rows, {"base": {"harmful": {"broken": 1, "refusal": 3}}})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     table = [line for line in lines if line.strip() and "─" not in line]
     assert table[0].split() == list(COLUMNS)
-    assert all(line.rstrip().endswith("144") for line in table[1:7])
+    assert all(line.rstrip().endswith("144") for line in table[1:9])
     assert "50.0%" in table[5] and "12.5 [12.5, 12.5]" in table[5]
     assert "0.01% [0.01, 0.01]" in table[6]
+    assert table[4].split()[3:5] == ["noise", "1e-08"] and table[4].split()[-2] == "–"
+    assert "106.2%" in table[7] and table[8].split()[-2] == "–"
 
 
 def test_the_record_survives_its_file(finished: tuple[RunRecord, Path], tmp_path: Path) -> None:

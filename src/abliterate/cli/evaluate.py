@@ -22,7 +22,8 @@ EPILOG = """
 def evaluate(
     model: options.Model,
     base: Annotated[
-        Optional[str], typer.Option(metavar="MODEL", help="Compare with this model: adds KL, perplexity and leak.")
+        Optional[str],
+        typer.Option(metavar="MODEL", help="Compare with this model: adds KL, perplexity of its answers, and leak."),
     ] = None,
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
@@ -39,9 +40,10 @@ def evaluate(
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
     judge: options.Judge = None,
     judge_model: options.JudgeModel = None,
+    text: options.Text = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure MODEL on the test prompts: refusals on harmful and harmless ones; with --base what the edit cost.
+    """Measure MODEL on the test prompts: refusals, whether it recognises harm; with --base what the edit cost.
 
     Answers are judged, here or by --judge, and dropped; only counts are kept.
     """
@@ -54,6 +56,7 @@ def evaluate(
             system_prompt=system_prompt, chat_template=str(chat_template) if chat_template else None, thinking=thinking,
             device=device, dtype=dtype, memory=memory, generate=not no_generate,
             batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,
+            text=str(text) if text else None,
         )  # fmt: skip
     if as_json:
         console.print_json(enveloped("evaluation", {"model": model, "base": base, **asdict(found)}))

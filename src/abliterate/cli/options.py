@@ -111,6 +111,15 @@ JudgeModel = Annotated[
         rich_help_panel=_JUDGE,
     ),
 ]
+Text = Annotated[
+    Optional[Path],
+    typer.Option(
+        metavar="FILE",
+        help="A plain UTF-8 text of your own whose perplexity is measured, without a chat template.",
+        show_default="built-in, two pages",
+        rich_help_panel=_PROMPTS,
+    ),
+]
 Strength = Annotated[
     float, typer.Option(help="Share of the direction to remove: 1 removes, 2 reflects, below 0 adds to it.")
 ]

@@ -50,6 +50,7 @@ def run(
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
     judge: options.Judge = None,
     judge_model: options.JudgeModel = None,
+    text: options.Text = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the comparison before and after.")] = False,
     force: options.Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -78,6 +79,7 @@ def run(
             undo=not no_undo,
             device=device, dtype=dtype, memory=memory, generate=not no_generate,
             batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,
+            text=str(text) if text else None,
             evaluate=not no_eval, force=force,
         )  # fmt: skip
     if as_json:

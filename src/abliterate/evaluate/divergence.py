@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from abliterate.evaluate.intervals import Interval, bootstrap
-from abliterate.model.batches import Batch, batches
+from abliterate.model.batches import Batch, batches, pad_left
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
 from abliterate.model.run import forward, kl_divergence, log_probs
@@ -20,15 +20,25 @@ from abliterate.model.run import forward, kl_divergence, log_probs
 Float64Array = npt.NDArray[np.float64]
 
 
+#: Prompts on which the noise floor of KL is taken.
+FLOOR_PROMPTS = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Per prompt, `[n]`: KL at the first token, mean KL along the continuation (nats), and summed −log p of it."""
+    """Per prompt, `[n]`: KL at the first token, mean KL along the continuation (nats), and summed −log p of it.
+
+    The floors, of up to `FLOOR_PROMPTS`, are |KL| of the base against itself, prompt by prompt instead of in batches:
+    what padding, shared openings and the order of summation make of it. A KL of their size shows nothing.
+    """
 
     kl_first: Float64Array
     kl_continuation: Float64Array
     base_nll: Float64Array
     other_nll: Float64Array
     tokens: Float64Array
+    floor_first: Float64Array
+    floor_continuation: Float64Array
 
     @property
     def base_perplexity(self) -> Interval:
@@ -58,30 +68,45 @@ def divergence(
     KL is `Σ_t p(t) (log p(t) − log q(t))` from float32 log-softmax over the whole vocabulary, at the
     first answer token and averaged over all answer tokens given.
     """
-    width = max(map(len, continuations))
     rows = [p + c for p, c in zip(prompts, continuations, strict=True)]
-    out = np.zeros((len(rows), 5))
+    out, floors, keep = np.zeros((len(rows), 5)), list[list[float]](), max(map(len, continuations)) + 1
     # The logits of a whole vocabulary at every answer token are the largest thing here: keep batches small.
-    size, keep = max(1, batch_size // 8), width + 1
+    size = max(1, batch_size // 8)
     base_passes = forward(base, batches(base, rows, size, keep), tokens=keep, progress=progress)
     other_passes = forward(other, batches(other, rows, size, keep), tokens=keep, progress=progress)
+    again = spread([i for batch in batches(base, rows, size, keep) for i in batch.indices])
+    lone_passes = forward(base, lone(base, rows, again), tokens=keep, progress=progress)
     for (first, logits), (_, others) in zip(base_passes, other_passes, strict=True):
         for row, index in enumerate(first.indices):  # one by one: in float32 a batch of these fills gigabytes
-            p, q = log_probs(logits[row]), log_probs(others[row]).to(logits.device)
-            out[index] = _figures(p, q, kl_divergence(p, q), continuations[index])
+            answer = continuations[index]
+            # Position −n−1 predicts the first answer token, position −2 the last.
+            span = slice(-len(answer) - 1, -1)
+            p, q = log_probs(logits[row, span]), log_probs(others[row, span]).to(logits.device)
+            out[index] = [*_first_and_mean(kl_divergence(p, q)), _nll(p, answer), _nll(q, answer), len(answer)]
+            if index in again:
+                _, by_itself = next(lone_passes)
+                floors.append(_first_and_mean(kl_divergence(p, log_probs(by_itself[0, span]))))
         del logits, others  # before the next ones are there
-    return Divergence(*(out[:, k].copy() for k in range(5)))
+    return Divergence(*out.T.copy(), *np.abs(floors).T.copy())
 
 
-def _figures(p: torch.Tensor, q: torch.Tensor, kl: torch.Tensor, answer: list[int]) -> list[float]:
-    """The columns of `Divergence` for one row: log-probabilities `[tokens, d_vocab]` of both, KL `[tokens]` between."""
-    n = len(answer)
-    # Position −n−1 predicts the first answer token, position −2 the last.
-    span = slice(len(kl) - 1 - n, len(kl) - 1)
-    target = torch.tensor(answer, device=p.device)[:, None]
-    nll = [-(x[span].gather(-1, target)).double().sum().item() for x in (p, q)]
-    along = kl[span].double()
-    return [along[0].item(), along.mean().item(), *nll, n]
+def spread(indices: list[int]) -> list[int]:
+    """At most `FLOOR_PROMPTS` of them, evenly."""
+    return indices[:: -(-len(indices) // FLOOR_PROMPTS)]
+
+
+def lone(model: ChatModel, rows: list[list[int]], indices: list[int]) -> list[Batch]:
+    """Each of these rows by itself: no padding, nothing shared, another order of summation."""
+    return [pad_left(model, [rows[i]], [i]) for i in indices]
+
+
+def _first_and_mean(kl: torch.Tensor) -> list[float]:
+    return [kl[0].item(), kl.double().mean().item()]
+
+
+def _nll(p: torch.Tensor, answer: list[int]) -> float:
+    """Summed −log p of an answer, from log-probabilities `[tokens, d_vocab]`."""
+    return -p.gather(-1, torch.tensor(answer, device=p.device)[:, None]).double().sum().item()
 
 
 def quantiles(values: Float64Array) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,16 @@ import torch
 
 from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
-from abliterate.evaluate.divergence import Divergence, divergence, leak, quantiles
+from abliterate.evaluate.divergence import Divergence, divergence, leak, lone, quantiles, spread
 from abliterate.evaluate.intervals import bootstrap, mean, wilson
 from abliterate.evaluate.judge import RULES, Judge
 from abliterate.evaluate.metric import Metric
+from abliterate.evaluate.recognition import recognition
 from abliterate.evaluate.refusals import Answers, ask, method
+from abliterate.evaluate.text import Text, load_text, text_perplexity
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps
-from abliterate.model.run import first_token_log_probs, kl_divergence
+from abliterate.model.run import first_token_log_probs, forward, kl_divergence, log_probs
 from abliterate.prompts import PromptSet
 
 #: Prompts on which leak is measured: it hardly differs from one to the next.
@@ -48,17 +51,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Questions:
-    """What to ask: the two test sets, token budget and batch size; and who judges the answers."""
+    """What to ask: the two test sets, token budget and batch size; who judges the answers, and a text to be read."""
 
     harmful: PromptSet
     harmless: PromptSet
     max_new_tokens: int
     batch_size: int
     judge: Judge = RULES
+    text: Text = field(default_factory=partial(load_text, None))
 
 
 def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> Evaluation:
-    """Refusal and false-refusal rate of one model, with no base to compare it to.
+    """The figures of one model that need no base to compare it to.
 
     Raises:
         VerifyError: the judge leaves more than a tenth of the answers without a verdict.
@@ -67,9 +71,10 @@ def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> E
     metrics = [
         _rate("refusal_rate", questions.harmful, None, harmful, questions),
         _rate("false_refusal_rate", questions.harmless, None, harmless, questions),
+        *_without_answers(None, model, questions, progress),
     ]
-    verdicts = {"edited": {"harmful": harmful.counts, "harmless": harmless.counts}}
-    return Evaluation(tuple(metrics), verdicts, judge=questions.judge.facts)
+    answers = {"edited": {"harmful": harmful, "harmless": harmless}}
+    return Evaluation(tuple(metrics), _counts(answers), judge=questions.judge.facts)
 
 
 def evaluate_pair(
@@ -96,18 +101,30 @@ def evaluate_pair(
         _rate("refusal_rate", questions.harmful, base_harmful, harmful, questions),
         _rate("false_refusal_rate", questions.harmless, base_harmless, harmless, questions),
         *cost,
+        *_without_answers(base, edited, questions, progress),
     ]
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
-    verdicts = {
-        "base": {"harmful": base_harmful.counts, "harmless": base_harmless.counts},
-        "edited": {"harmful": harmful.counts, "harmless": harmless.counts},
+    answers = {
+        "base": {"harmful": base_harmful, "harmless": base_harmless},
+        "edited": {"harmful": harmful, "harmless": harmless},
     }
     charts["categories"] = {
         "harmful": _categories(questions.harmful, base_harmful, harmful),
         "harmless": _categories(questions.harmless, base_harmless, harmless),
     }
-    return Evaluation(tuple(metrics), verdicts, charts, questions.judge.facts)
+    return Evaluation(tuple(metrics), _counts(answers), charts, questions.judge.facts)
+
+
+def _counts(answers: dict[str, dict[str, Answers]]) -> dict[str, dict[str, dict[str, int]]]:
+    return {who: {kind: given.counts for kind, given in sets.items()} for who, sets in answers.items()}
+
+
+def _without_answers(base: ChatModel | None, edited: ChatModel, questions: Questions, progress: Steps) -> list[Metric]:
+    """What single passes tell of a model: how well it reads a text, and whether it recognises harm."""
+    read = text_perplexity(base, edited, questions.text, progress)
+    told = recognition(base, edited, questions.harmful, questions.harmless, questions.batch_size, progress)
+    return [read] if told is None else [read, told]
 
 
 def _categories(prompts: PromptSet, base: Answers, edited: Answers) -> dict[str, dict[str, int]]:
@@ -129,7 +146,7 @@ def evaluate_first_tokens(
     progress: Steps,
     direction: npt.NDArray[np.float32] | None = None,
 ) -> Evaluation:
-    """What the first answer token alone tells, one pass of each model: refusal scores and KL; `leak` as ever.
+    """What the first answer token alone tells: refusal scores and KL; text, recognition and `leak` as ever.
 
     KL is taken on the harmless prompts whose likeliest first token does not open a refusal of the base (`tokens`).
     """
@@ -153,12 +170,28 @@ def evaluate_first_tokens(
             "others with --harmless, or do without the comparison (--no-eval)"
         )
     kl = kl_divergence(p[n:][kept], q[n:][kept]).double().cpu().numpy()
-    how = f"mean KL(base‖edited), nats, first answer token; {quantiles(kl)}; bootstrap 95%"
+    floor = _first_token_floor(base, rows, p, [n + i for i in kept], progress)
+    how = f"mean KL(base‖edited), nats, first answer token; {quantiles(kl)}; {_floor(floor)}; bootstrap 95%"
     name = questions.harmless.name + (", not opened like a refusal by the base" if tokens else "")
-    metrics.append(Metric.of("kl_first_token", name, None, bootstrap(kl, mean), len(kept), how))
+    metrics.append(Metric.of("kl_first_token", name, bootstrap(floor, mean), bootstrap(kl, mean), len(kept), how))
+    metrics += _without_answers(base, edited, questions, progress)
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
     return Evaluation(tuple(metrics), {}, {"kl": {"kl_first_token": _sorted(kl)}})
+
+
+def _first_token_floor(
+    base: ChatModel, rows: list[list[int]], p: torch.Tensor, kept: list[int], progress: Steps
+) -> npt.NDArray[np.float64]:
+    """|KL| of the base's log-probabilities `p` against its own, of some rows by themselves."""
+    again = spread(kept)
+    passes = forward(base, lone(base, rows, again), tokens=1, progress=progress("noise floor", len(again)))
+    kl = [kl_divergence(p[i], log_probs(x[0, -1])).item() for i, (_, x) in zip(again, passes, strict=True)]
+    return np.abs(kl)
+
+
+def _floor(floor: npt.NDArray[np.float64]) -> str:
+    return f"base: its |KL| against itself, prompt by prompt instead of in batches, on {len(floor)} of them"
 
 
 def _require_alike(base: ChatModel, edited: ChatModel, direction: npt.NDArray[np.float32] | None) -> None:
@@ -205,19 +238,20 @@ def _cost(
         )
     rows = base.chat.encode([questions.harmless.prompts[i] for i in kept])
     continuations = [list(answers.ids[i][:CONTINUATION]) for i in kept]
-    step = progress("divergence", 2 * len(kept))
+    step = progress("divergence", 2 * len(kept) + len(spread(kept)))
     found: Divergence = divergence(base, edited, rows, continuations, questions.batch_size, step)
     name, n = f"{questions.harmless.name}, answered by the base", len(kept)
+    floor = _floor(found.floor_first)
     charts = {"kl": {"kl_first_token": _sorted(found.kl_first), "kl_continuation": _sorted(found.kl_continuation)}}
     metrics = [
         Metric.of(
-            "kl_first_token", name, None, bootstrap(found.kl_first, mean), n,
-            f"mean KL(base‖edited), nats, first answer token; {quantiles(found.kl_first)}; bootstrap 95%",
+            "kl_first_token", name, bootstrap(found.floor_first, mean), bootstrap(found.kl_first, mean), n,
+            f"mean KL(base‖edited), nats, first answer token; {quantiles(found.kl_first)}; {floor}; bootstrap 95%",
         ),
         Metric.of(
-            "kl_continuation", name, None, bootstrap(found.kl_continuation, mean), n,
-            f"mean KL(base‖edited), nats, along the base's own answer, up to {CONTINUATION} tokens; "
-            f"{quantiles(found.kl_continuation)}; bootstrap 95%",
+            "kl_continuation", name, bootstrap(found.floor_continuation, mean), bootstrap(found.kl_continuation, mean),
+            n, f"mean KL(base‖edited), nats, along the base's own answer, up to {CONTINUATION} tokens; "
+            f"{quantiles(found.kl_continuation)}; {floor}; bootstrap 95%",
         ),
         Metric.of(
             "perplexity", name, found.base_perplexity, found.other_perplexity, n,

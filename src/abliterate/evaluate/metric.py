@@ -15,7 +15,8 @@ from abliterate.evaluate.intervals import Interval
 class Metric:
     """One figure for base and edited model: values, 95% intervals, number of prompts, method.
 
-    A figure that compares the two (KL) has no base value. `prompts` names the set.
+    Of a figure that compares the two (KL), the base value is its noise floor: the base against itself, prompt
+    by prompt instead of in batches. `prompts` names the set, or the text, of which `n` counts windows.
     """
 
     name: str

@@ -68,7 +68,8 @@ Unjudged answers (left out of the rates): {{ unjudged }}.
 {% endif %}
 
 95% intervals. Test prompts were used neither to find nor to choose the direction; KL and
-perplexity are taken on harmless prompts that the base answers. Refusals are judged by: {{ judge }}.
+perplexity are taken on harmless prompts that the base answers; the noise of KL is the base against itself,
+prompt by prompt instead of in batches. Refusals are judged by: {{ judge }}.
 {% else %}
 95% intervals. Test prompts were used neither to find nor to choose the direction. No answers were written: the refusal
 score is the log-odds that the first token opens a refusal.

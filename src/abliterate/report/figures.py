@@ -12,6 +12,8 @@ LABELS = {
     "kl_first_token": "KL, first token",
     "kl_continuation": "KL, along answer",
     "perplexity": "perplexity",
+    "perplexity_text": "perplexity, text",
+    "recognition": "harm recognised",
     "leak": "leak",
 }
 COLUMNS = ("measure", "base", "edited", "retained", "n")
@@ -22,13 +24,20 @@ def rows(metrics: list[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
     return [
         (
             LABELS.get(m["name"], m["name"]),
-            _value(m["name"], m["base"], m["base_low"], m["base_high"]),
+            _base(m),
             _value(m["name"], m["edited"], m["low"], m["high"]),
             retained(m),
             str(m["n"]),
         )
         for m in metrics
     ]
+
+
+def _base(m: dict[str, Any]) -> str:
+    """The base's figure; where a figure compares the two, what comparing the base with itself gives."""
+    if m["name"].startswith("kl") and m["base"] is not None:
+        return f"noise {m['base']:.0e}"
+    return _value(m["name"], m["base"], m["base_low"], m["base_high"])
 
 
 def _value(name: str, value: float | None, low: float | None, high: float | None) -> str:
@@ -69,11 +78,13 @@ def judged_by(metrics: list[dict[str, Any]]) -> str:
 
 def retained(metric: dict[str, Any]) -> str:
     """How much of the base's figure is left: edited over base; for perplexity base over edited."""
-    base, edited = metric["base"], metric["edited"]
-    odds = metric["name"].startswith("refusal_score")
-    if base is None or edited is None or odds or (metric["name"] != "perplexity" and not base):
+    name, base, edited = metric["name"], metric["base"], metric["edited"]
+    # Log-odds have no zero to count from, recognition has it at a half, and the base value of KL is noise.
+    if base is None or edited is None or name.startswith(("refusal_score", "recognition", "kl")):
         return "–"
-    return f"{base / edited:.1%}" if metric["name"] == "perplexity" else f"{edited / base:.1%}"
+    if name.startswith("perplexity"):
+        return f"{base / edited:.1%}"
+    return f"{edited / base:.1%}" if base else "–"
 
 
 def broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:

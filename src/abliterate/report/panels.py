@@ -48,7 +48,9 @@ def before_after(record: RunRecord) -> Panel | None:
     how = (
         "Each measure has its own scale; bars are 95% intervals over test prompts, which were used neither to find nor "
         "to choose the direction. KL (nats) and perplexity are taken on harmless prompts along the base's own answers; "
-        "leak is the share of the residual stream along the direction."
+        "noise is the base against itself, prompt by prompt instead of in batches. The perplexity of a text has its "
+        "interval over windows. Harm recognised: how often a harmful request is rather called harmful than a harmless "
+        "one, 0.5 by chance. Leak is the share of the residual stream along the direction."
     )
     picture = intervals(drawn, finding) + BEFORE_AFTER
     return Panel("before-after", finding, how, COLUMNS, rows(record.metrics), picture, open=True)
@@ -60,15 +62,20 @@ def _row(m: dict[str, Any]) -> Row:
         tuple(None if v is None else 100 * v if share else v for v in bounds)
         for bounds in ((m["base"], m["base_low"], m["base_high"]), (m["edited"], m["low"], m["high"]))
     )
-    values = [*base, *edited]
-    if m["name"].endswith("rate"):
-        scale = Scale(0, 100)
-    else:
-        scale = Scale.over([*values, 1.0] if m["name"] == "perplexity" else values, zero=m["name"] != "perplexity")
     form = "{:.2f}" if m["name"] == "leak" else "{:.1f}" if share else "{:.3g}"
     unit = "%" if share else ""
-    said = " → ".join(form.format(v).replace("-", "−") + unit for v in (base[0], edited[0]) if v is not None)
+    written = [form.format(v).replace("-", "−") + unit for v in (base[0], edited[0]) if v is not None]
+    said = " → ".join(written)
+    if m["name"].startswith("kl") and len(written) == 2:
+        said = f"{written[1]} over noise of {base[0]:.1g}".replace("-", "−")
+    scale = _scale(m["name"], [*base, *edited])
     return Row(_NAMES.get(m["name"], m["name"]), _bounds(base), _bounds(edited), scale, said, form, unit)
+
+
+def _scale(name: str, values: list[float | None]) -> Scale:
+    if name.endswith("rate") or name == "recognition":
+        return Scale(0, 100 if name.endswith("rate") else 1)
+    return Scale.over([*values, 1.0]) if name.startswith("perplexity") else Scale.over(values, zero=True)
 
 
 def _bounds(values: tuple[float | None, ...]) -> Bounds:

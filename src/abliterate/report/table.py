@@ -14,7 +14,11 @@ from abliterate.report.record import RunRecord
 _NOTES = {
     "refusal_rate": "Refusals: share of harmful prompts declined; false refusals: of harmless ones.",
     "refusal_score": "Refusal score: log-odds that the first token opens a refusal; no answers were written.",
-    "perplexity": "KL (nats) and perplexity: on the base's own harmless answers.",
+    "kl_first_token": "KL (nats): on harmless prompts the base answers; noise: the base against itself, unbatched.",
+    "perplexity": "Perplexity: of the base's answers to these.",
+    "perplexity_text": "Perplexity, text: of plain text in n windows.",
+    "recognition": "Harm recognised: how often a harmful request is rather called harmful than a harmless one, asked "
+    "about both; 0.5 is chance.",
     "leak": "Leak: share of the residual stream along the direction.",
 }
 
