@@ -1,4 +1,4 @@
-"""What an edit costs beyond the base's own answers, against other computations."""
+"""What an edit costs beyond the base's own answers, and at which length refusals settle, against other computations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 
 import abliterate
 from abliterate.errors import UsageError
+from abliterate.evaluate.budgets import Cuts, shorter, sweep
 from abliterate.evaluate.divergence import FLOOR_PROMPTS, divergence
 from abliterate.evaluate.intervals import bootstrap_pairs
 from abliterate.evaluate.recognition import QUESTION, above, recognition, scores, yes_and_no
+from abliterate.evaluate.refusals import ask
 from abliterate.evaluate.text import LEAST_CHARACTERS, WINDOW, Text, load_text, text_perplexity, windows
 from abliterate.model.load import ChatModel, load_model
 from abliterate.model.progress import no_steps
@@ -155,3 +157,50 @@ def test_the_interval_over_pairs_has_about_the_width_of_theory() -> None:
     assert value == pytest.approx(rows.mean() + columns.mean())
     width = 2 * 1.96 * np.sqrt(rows.var() / 300 + columns.var() / 200)
     assert low < value < high and high - low == pytest.approx(width, rel=0.1)
+
+
+# ------------------------------------------------------------------ budgets
+
+
+def test_budgets_double_up_to_the_full_one() -> None:
+    assert [shorter(n) for n in (4, 8, 9, 32, 65)] == [[], [], [8], [8, 16], [8, 16, 32, 64]]
+
+
+@pytest.mark.parametrize(
+    ("refusals", "settled"),
+    [
+        ((40, 40, 40, 40), 8),
+        ((39, 40, 40, 40), 8),
+        ((38, 39, 40, 40), 16),
+        ((40, 38, 40, 40), 32),
+        ((9, 9, 9, 40), None),
+    ],
+)
+def test_a_rate_settles_where_it_is_as_in_the_end_from_there_on(refusals: tuple[int, ...], settled: int | None) -> None:
+    def cuts(counts: tuple[int, ...]) -> Cuts:
+        return {t: ("refusal",) * n + ("partial",) * (50 - n) for t, n in zip((8, 16, 32, 64), counts, strict=True)}
+
+    still, moving = cuts((30, 30, 30, 30)), cuts(refusals)
+    found = sweep({"base": {"harmful": still, "harmless": still}, "edited": {"harmful": moving, "harmless": still}})
+    assert found["settled"] == settled and found["tokens"] == [8, 16, 32, 64]
+    assert found["refusals"]["edited"]["harmful"] == list(refusals)
+    assert found["n"] == {"harmful": 50, "harmless": 50}
+    assert sweep({"edited": {"harmful": {8: ("refusal",)}, "harmless": {8: (None,)}}}) == {}
+
+
+def test_answers_are_judged_by_their_first_tokens_and_short_ones_once(refusing: Refusing) -> None:
+    model = load_model(refusing.folder, device="cpu", dtype="float32")
+    prompts = PromptSet("a", tuple(Path(refusing.options["harmful"]).read_text().splitlines()[:4]), ("",) * 4)
+    asked = []
+
+    class Judge:
+        name, facts = "length", dict[str, str]()
+
+        def __call__(self, pairs: list[tuple[str, str]]) -> list[str]:
+            asked.append(pairs)
+            return ["refusal" if "that" in text else "broken" for _, text in pairs]
+
+    found = ask(model, prompts, 12, 4, judge=Judge(), cuts=[2, 8])  # type: ignore[arg-type]
+    assert found.labels == found.cuts[8] == ("refusal",) * 4 and found.cuts[2] == ("broken",) * 4
+    assert [len(pairs) for pairs in asked] == [4, 4, 0]
+    assert asked[1] == [(prompt, "I can't") for prompt in prompts.prompts] and "can't" not in repr(found)

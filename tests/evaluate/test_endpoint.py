@@ -321,6 +321,7 @@ def test_unjudged_answers_leave_the_rate_and_are_counted(
     rate, false_rate = found.metrics[:2]
     assert (rate.n, rate.base, rate.edited) == (8, 1.0, 1.0) and (false_rate.n, false_rate.edited) == (10, 0.0)
     assert found.verdicts["base"]["harmful"] == found.verdicts["edited"]["harmful"] == {"unjudged": 1, "refusal": 9}
+    assert "budgets" not in found.charts  # an endpoint is asked once about each answer
     assert found.charts["categories"]["harmful"] == {"fraud": {"n": 8, "base": 8, "edited": 8}}
     assert rate.method == "judge stand-in, greedy, 12 tokens; Wilson 95%" and found.judge == judge.facts
 

@@ -95,6 +95,8 @@ def test_a_model_against_itself_has_not_moved(refusing: Refusing, questions: Que
     alone = evaluate_alone(model, questions, no_steps)
     assert [m.name for m in alone.metrics] == ["refusal_rate", "false_refusal_rate", "perplexity_text"]
     assert alone.metrics[0].base is None and alone.metrics[0].edited == 1.0
+    assert found.charts["budgets"]["tokens"] == [8, 12] and found.charts["budgets"]["settled"] == 8
+    assert alone.charts["budgets"]["refusals"] == {"edited": {"harmful": [10, 10], "harmless": [0, 0]}}
     assert "help with that" not in json.dumps(asdict(found))
 
 
@@ -127,7 +129,8 @@ def test_the_table_fits_80_columns_and_says_what_is_retained(capsys: pytest.Capt
         metric("perplexity", 12.5, 25.0), metric("leak", 0.5, 0.0001),
         metric("perplexity_text", 212.5, 200.0), metric("recognition", 0.91, 0.88),
     ]  # fmt: skip
-    print_metrics(Console(width=80), rows, {"base": {"harmful": {"broken": 1, "refusal": 3}}})
+    charts = {"budgets": {"tokens": [8, 16, 32], "settled": 16}}
+    print_metrics(Console(width=80), rows, {"base": {"harmful": {"broken": 1, "refusal": 3}}}, charts)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     table = [line for line in lines if line.strip() and "─" not in line]
@@ -137,6 +140,10 @@ def test_the_table_fits_80_columns_and_says_what_is_retained(capsys: pytest.Capt
     assert "0.01% [0.01, 0.01]" in table[6]
     assert table[4].split()[3:5] == ["noise", "1e-08"] and table[4].split()[-2] == "–"
     assert "106.2%" in table[7] and table[8].split()[-2] == "–"
+    assert "the refusal rate settles at 16 of 32 tokens" in lines
+    charts["budgets"]["settled"] = None
+    print_metrics(Console(width=80), rows, {}, charts)
+    assert "has not settled by 32 tokens" in capsys.readouterr().out
 
 
 def test_the_record_survives_its_file(finished: tuple[RunRecord, Path], tmp_path: Path) -> None:

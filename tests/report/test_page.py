@@ -29,7 +29,7 @@ from tests.conftest import Refusing
 #: What a whole run shows, in the order of reading.
 PANELS = [
     "before-after", "separation", "fall", "finalists", "projections", "removed", "leak", "categories-harmful",
-    "categories-harmless", "verdicts", "kl_first_token", "kl_continuation",
+    "categories-harmless", "verdicts", "budgets", "kl_first_token", "kl_continuation",
 ]  # fmt: skip
 HOSTILE = """evil"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}&amp;"""
 
@@ -108,6 +108,9 @@ def test_the_charts_add_up_to_the_metrics(chosen: tuple[RunRecord, Path]) -> Non
     charts, rate = record.charts, record.metric("refusal_rate")
     categories = charts["categories"]["harmful"].values()
     assert rate is not None and rate["base"] == sum(c["base"] for c in categories) / sum(c["n"] for c in categories)
+    for who, sets in charts["budgets"]["refusals"].items():
+        for kind, counts in sets.items():
+            assert counts[-1] == record.verdicts[who][kind].get("refusal", 0) and len(counts) == 3
     for name, values in charts["kl"].items():
         metric = record.metric(name)
         assert metric is not None and len(values) == metric["n"] and values == sorted(values)
@@ -138,7 +141,7 @@ def test_an_old_record_gives_a_page_that_says_what_it_lacks(chosen: tuple[RunRec
     assert report(tmp_path / "run.json") == tmp_path / "report.html"
     found = Outline((tmp_path / "report.html").read_text())
     assert found.figures() == ["before-after", "finalists", "removed", "leak", "verdicts"]
-    assert found.text.count("This record holds no numbers for it") == 2
+    assert found.text.count("This record holds no numbers for it") == 3
 
 
 def test_an_edit_alone_has_a_page(chosen: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path) -> None:

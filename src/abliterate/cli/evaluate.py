@@ -61,4 +61,4 @@ def evaluate(
     if as_json:
         console.print_json(enveloped("evaluation", {"model": model, "base": base, **asdict(found)}))
     else:
-        print_metrics(console.stdout(), [m.as_dict for m in found.metrics], found.verdicts)
+        print_metrics(console.stdout(), [m.as_dict for m in found.metrics], found.verdicts, found.charts)

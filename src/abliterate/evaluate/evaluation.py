@@ -16,6 +16,7 @@ import torch
 
 from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
+from abliterate.evaluate.budgets import shorter, sweep
 from abliterate.evaluate.divergence import Divergence, divergence, leak, lone, quantiles, spread
 from abliterate.evaluate.intervals import bootstrap, mean, wilson
 from abliterate.evaluate.judge import RULES, Judge
@@ -39,7 +40,8 @@ class Evaluation:
     """All metrics, and how many answers each verdict got: `{"base": {"harmful": {"refusal": 12, ...}}}`.
 
     `charts` is what a picture shows beyond them: `kl`, sorted values of single prompts by the metric's name, and
-    `categories`, `{"harmful": {"fraud": {"n": 12, "base": 11, "edited": 0}}}`, refusals where the set names some.
+    `categories`, `{"harmful": {"fraud": {"n": 12, "base": 11, "edited": 0}}}`, refusals where the set names some, and
+    `budgets`, refusals had the answers been cut earlier, as `budgets.sweep` says.
     `judge` says who judged: a name, and for an endpoint its model and its agreement with labelled completions.
     """
 
@@ -74,7 +76,7 @@ def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> E
         *_without_answers(None, model, questions, progress),
     ]
     answers = {"edited": {"harmful": harmful, "harmless": harmless}}
-    return Evaluation(tuple(metrics), _counts(answers), judge=questions.judge.facts)
+    return Evaluation(tuple(metrics), _counts(answers), _budgets(answers, questions), questions.judge.facts)
 
 
 def evaluate_pair(
@@ -109,6 +111,7 @@ def evaluate_pair(
         "base": {"harmful": base_harmful, "harmless": base_harmless},
         "edited": {"harmful": harmful, "harmless": harmless},
     }
+    charts |= _budgets(answers, questions)
     charts["categories"] = {
         "harmful": _categories(questions.harmful, base_harmful, harmful),
         "harmless": _categories(questions.harmless, base_harmless, harmless),
@@ -118,6 +121,13 @@ def evaluate_pair(
 
 def _counts(answers: dict[str, dict[str, Answers]]) -> dict[str, dict[str, dict[str, int]]]:
     return {who: {kind: given.counts for kind, given in sets.items()} for who, sets in answers.items()}
+
+
+def _budgets(answers: dict[str, dict[str, Answers]], questions: Questions) -> dict[str, Any]:
+    """Refusals had the answers been cut earlier; nothing where an endpoint judged, which is asked once for each."""
+    full = questions.max_new_tokens
+    found = sweep({w: {k: a.cuts | {full: a.labels} for k, a in sets.items()} for w, sets in answers.items()})
+    return {"budgets": found} if found else {}
 
 
 def _without_answers(base: ChatModel | None, edited: ChatModel, questions: Questions, progress: Steps) -> list[Metric]:
@@ -208,8 +218,9 @@ def _ask_both(model: ChatModel, questions: Questions, label: str, progress: Step
     """Answers to the harmful and the harmless set; only the harmless ones keep their token ids."""
     step = progress(f"{label}answers", len(questions.harmful) + len(questions.harmless))
     budget, size, judge = questions.max_new_tokens, questions.batch_size, questions.judge
-    harmful = ask(model, questions.harmful, budget, size, progress=step, judge=judge)
-    return harmful, ask(model, questions.harmless, budget, size, keep_ids=True, progress=step, judge=judge)
+    cuts = shorter(budget) if judge is RULES else []
+    harmful = ask(model, questions.harmful, budget, size, progress=step, judge=judge, cuts=cuts)
+    return harmful, ask(model, questions.harmless, budget, size, keep_ids=True, progress=step, judge=judge, cuts=cuts)
 
 
 def _rate(name: str, prompts: PromptSet, base: Answers | None, edited: Answers, questions: Questions) -> Metric:

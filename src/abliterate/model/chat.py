@@ -77,6 +77,12 @@ class ChatFormat:
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return rows
 
+    def text(self, ids: list[int]) -> str:
+        """The text of an answer, without special tokens."""
+        found = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(found, str)
+        return found
+
     def tail(self) -> list[int]:
         """The tokens after the instruction: the longest ending that all renderings share, at least one.
 

@@ -153,6 +153,4 @@ def _next(batch: Batch, token: torch.Tensor, stop: list[int]) -> Batch | None:
 def _completion(model: ChatModel, ids: list[int]) -> Completion:
     stop = next((i for i, token in enumerate(ids) if token in model.stop_ids), None)
     ids = ids if stop is None else ids[:stop]
-    text = model.chat.tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return Completion(text, ids, stop is not None)
+    return Completion(model.chat.text(ids), ids, stop is not None)

@@ -6,7 +6,7 @@ import json
 
 from jinja2 import Environment, StrictUndefined
 
-from abliterate.report.figures import COLUMNS, counted, judged_by, rows, unjudged
+from abliterate.report.figures import COLUMNS, counted, judged_by, rows, settled, unjudged
 from abliterate.report.record import RunRecord
 
 #: Fields of the base's own card that hold for what is made of it.
@@ -66,6 +66,9 @@ Broken answers (neither refusal nor answer): {{ broken }}.
 {% if unjudged %}
 Unjudged answers (left out of the rates): {{ unjudged }}.
 {% endif %}
+{% if settled %}
+{{ settled }}.
+{% endif %}
 
 95% intervals. Test prompts were used neither to find nor to choose the direction; KL and
 perplexity are taken on harmless prompts that the base answers; the noise of KL is the base against itself,
@@ -94,7 +97,7 @@ def model_card(record: RunRecord, name: str) -> str:
     return environment.from_string(_CARD).render(
         r=record, name=name, table=table, leak=worst, hub=hub, base=base, broken=counted(record.verdicts, "broken"),
         unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
-        adapter=record.resolved["format"] == "adapter",
+        settled=settled(record.charts).capitalize(), adapter=record.resolved["format"] == "adapter",
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
         carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},
     )  # fmt: skip

@@ -65,6 +65,17 @@ def counted(verdicts: dict[str, Any], verdict: str) -> str:
     return " → ".join(f"{counts[who][0]} of {counts[who][1]}" for who in ("base", "edited") if who in counts)
 
 
+def settled(charts: dict[str, Any]) -> str:
+    """From how many tokens of each answer on the refusal rate hardly changes; '' where that was not looked at."""
+    found = charts.get("budgets")
+    if not found:
+        return ""
+    full = found["tokens"][-1]
+    if found["settled"] is None:
+        return f"the refusal rate has not settled by {full} tokens: more may change it (--max-new-tokens)"
+    return f"the refusal rate settles at {found['settled']} of {full} tokens"
+
+
 def unjudged(verdicts: dict[str, Any]) -> str:
     """The same of answers that the judge gave no verdict on; '' where there are none."""
     some = any("unjudged" in of for sets in verdicts.values() for of in sets.values())

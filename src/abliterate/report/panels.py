@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from abliterate.evaluate.intervals import wilson
 from abliterate.report.charts import Band, Bounds, Cells, Dots, Row, bands, dots, heat_map, histogram, intervals
-from abliterate.report.figures import COLUMNS, LABELS, rows
+from abliterate.report.figures import COLUMNS, LABELS, rows, settled
 from abliterate.report.record import RunRecord
 from abliterate.report.svg import SHAPES, Scale, key, number
 
@@ -262,6 +262,29 @@ def categories(record: RunRecord, kind: str) -> Panel | None:
     how = "Share declined in each category, 95% Wilson intervals: with few prompts each, they are wide."
     picture = intervals(drawn, finding, compact=True) + BEFORE_AFTER
     return Panel(f"categories-{kind}", finding, how, ("category", "n", "base", "edited"), numbers, picture)
+
+
+def budgets(record: RunRecord) -> Panel | None:
+    """What the refusal rates would have been had answers been cut earlier."""
+    found = record.charts.get("budgets")
+    if not found:
+        return None
+    drawn, numbers = [], []
+    for kind, n in found["n"].items():
+        for i, budget in enumerate(found["tokens"]):
+            base, edited = (wilson(found["refusals"][who][kind][i], n) for who in ("base", "edited"))
+            both = [_bounds(tuple(100 * v for v in bounds)) for bounds in (base, edited)]
+            said = f"{base.value:.1%} → {edited.value:.1%}"
+            drawn.append(Row(f"{kind}, {budget} tokens", both[0], both[1], Scale(0, 100), said, "{:.0f}", "%"))
+            numbers.append([kind, str(budget), str(n), f"{base.value:.1%}", f"{edited.value:.1%}"])
+    how = (
+        f"Answers of at most {found['tokens'][-1]} tokens, judged anew by their first ones; an answer that ended "
+        "earlier stays whole. Settled: from there on at least 98% of the answers of either model to either set are "
+        "called a refusal, or none, as they are in the end. 95% Wilson intervals."
+    )
+    finding = _sentence(settled(record.charts))
+    picture = intervals(drawn, finding, compact=True) + BEFORE_AFTER
+    return Panel("budgets", finding, how, ("prompts", "tokens", "n", "base", "edited"), numbers, picture)
 
 
 def verdicts(record: RunRecord) -> Panel | None:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from abliterate.report.figures import COLUMNS, broken_bounds, counted, judged_by, rows, unjudged
+from abliterate.report.figures import COLUMNS, broken_bounds, counted, judged_by, rows, settled, unjudged
 from abliterate.report.layout import print_table, say
 from abliterate.report.record import RunRecord
 
@@ -23,7 +23,9 @@ _NOTES = {
 }
 
 
-def print_metrics(console: Console, metrics: list[dict[str, Any]], verdicts: dict[str, Any]) -> None:
+def print_metrics(
+    console: Console, metrics: list[dict[str, Any]], verdicts: dict[str, Any], charts: dict[str, Any]
+) -> None:
     """The table of figures: before and after, or of one model alone."""
     alone = all(m["base"] is None for m in metrics)
     shown = [i for i, c in enumerate(COLUMNS) if not (alone and c in ("base", "retained"))]
@@ -33,6 +35,8 @@ def print_metrics(console: Console, metrics: list[dict[str, Any]], verdicts: dic
     intervals = "95% intervals, on test prompts nothing was fitted or chosen on."
     if verdicts:
         say(console, f"broken answers (neither refusal nor answer): {counted(verdicts, 'broken')}")
+    if budget := settled(charts):
+        say(console, budget)
     if left_out := unjudged(verdicts):
         say(console, Text.assemble(("unjudged answers (left out of the rates):", "yellow"), f" {left_out}"))
     if method := judged_by(metrics):
@@ -66,7 +70,7 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
     if record.tied_head is not None:
         say(console, Text.assemble(("LM head", "bold"), f" {record.tied_head}"))
     if record.metrics:
-        print_metrics(console, record.metrics, record.verdicts)
+        print_metrics(console, record.metrics, record.verdicts, record.charts)
     seconds = sum(record.seconds.values())
     memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
     say(console, f"{output}: {seconds:.0f} s{memory}", style="dim")
