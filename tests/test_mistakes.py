@@ -314,7 +314,7 @@ def test_broken_answers_and_failed_bounds_are_said(refusing: Refusing, tmp_path:
     record.verdicts["edited"] = {"harmful": {"refusal": 4}, "harmless": {"broken": 9, "compliance": 1}}
     record.direction["scores"]["kl"] = 15.3
     terminal, card = said(record, tmp_path)
-    n = sum(record.verdicts["base"]["harmful"].values()) + sum(record.verdicts["base"]["harmless"].values())
+    n = sum(sum(counts.values()) for counts in record.verdicts["base"].values())
     squeezed = "".join(terminal.split())  # wherever the lines break
     assert f"of{n}→9of14" in squeezed
     assert "KL15.300isabove--max-kl" in squeezed

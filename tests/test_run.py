@@ -35,7 +35,8 @@ from tests.conftest import Refusing
 from tests.schemas import problems
 
 METRICS = [
-    "refusal_rate", "false_refusal_rate", "kl_first_token", "kl_continuation", "perplexity", "perplexity_text", "leak",
+    "refusal_rate", "false_refusal_rate", "borderline_refusal_rate", "kl_first_token", "kl_continuation",
+    "perplexity", "perplexity_text", "leak",
 ]  # fmt: skip
 
 

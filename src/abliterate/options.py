@@ -22,6 +22,7 @@ class Options:
 
     harmful: str | None = None
     harmless: str | None = None
+    borderline: str | None = None
     limit: int | None = None
     prompts: str | None = None
     layer: int | None = None

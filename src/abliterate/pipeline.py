@@ -26,7 +26,7 @@ from abliterate.model.memory import peak_memory
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options
-from abliterate.prompts import Splits
+from abliterate.prompts import PromptSet, Splits
 from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output
 
@@ -45,6 +45,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     chosen.check()
     check_output(out, None)
     harmful, harmless = step.prompt_splits(chosen)
+    borderline = step.borderline_prompts(chosen, harmful, harmless)
     load_text(chosen.text)  # one that cannot be read, and a judge that may not judge, show before hours of work
     source = find_model(model)
     check_output(out, source)
@@ -54,13 +55,13 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     require_room(out, checkpoint)
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     judge = step.pick_judge(chosen, steps)
-    settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
+    settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless, borderline)}
     settings["asked"] = step.asked_of(chosen)
     # Going on after "there is no refusal", without the comparison or with another one is a resume like any other.
     for name in ("force", "evaluate", "memory", "judge", "judge_model", "text"):
         del settings[name]
     with Workspace(out, source, settings, resume) as work:
-        this = _Run(model, checkpoint, plan, harmful, harmless, chosen, work, judge, steps, memory)
+        this = _Run(model, checkpoint, plan, harmful, harmless, borderline, chosen, work, judge, steps, memory)
         given = {"model": model, "output": str(output), "resume": resume, **options}
         try:
             work.write("given", given)
@@ -81,6 +82,7 @@ class _Run:
     plan: EditPlan
     harmful: Splits
     harmless: Splits
+    borderline: PromptSet
     options: Options
     work: Workspace
     judge: Judge
@@ -196,7 +198,16 @@ class _Run:
             vector = direction.vector
             return asdict(
                 step.compare(
-                    self.base, edited, self.harmful, self.harmless, self.options, vector, tokens, self.judge, self.steps
+                    self.base,
+                    edited,
+                    self.harmful,
+                    self.harmless,
+                    self.borderline,
+                    self.options,
+                    vector,
+                    tokens,
+                    self.judge,
+                    self.steps,
                 )
             )
 
@@ -221,7 +232,7 @@ class _Run:
             model_fingerprint=self.checkpoint.fingerprint,
             given=given,
             resolved=resolved,
-            prompts=_describe(self.harmful, self.harmless),
+            prompts=_describe(self.harmful, self.harmless, self.borderline),
             direction=direction.where,
             edits=edits,
             kept=self.plan.kept,
@@ -239,9 +250,10 @@ class _Run:
         )
 
 
-def _describe(harmful: Splits, harmless: Splits) -> dict[str, Any]:
-    """Name, size and hash of every part of both sets."""
+def _describe(harmful: Splits, harmless: Splits, borderline: PromptSet) -> dict[str, Any]:
+    """Name, size and hash of every part of all sets."""
+    parts = {"harmful": harmful._asdict(), "harmless": harmless._asdict(), "borderline": {"test": borderline}}
     return {
-        kind: {part: {"name": s.name, "n": len(s), "sha256": s.sha256} for part, s in splits._asdict().items()}
-        for kind, splits in (("harmful", harmful), ("harmless", harmless))
+        kind: {part: {"name": s.name, "n": len(s), "sha256": s.sha256} for part, s in of.items()}
+        for kind, of in parts.items()
     }

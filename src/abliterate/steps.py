@@ -25,7 +25,7 @@ from abliterate.direction import choose as choosing
 from abliterate.direction.choose import Choice
 from abliterate.direction.direction import candidates, most_separated
 from abliterate.edit.plan import EditPlan
-from abliterate.errors import UsageError, VerifyError
+from abliterate.errors import PromptError, UsageError, VerifyError
 from abliterate.evaluate.agreement import agreed
 from abliterate.evaluate.endpoint import connect
 from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_first_tokens, evaluate_pair
@@ -37,8 +37,9 @@ from abliterate.model.memory import available, fits_whole, need
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import LIMITS, Options, parse_bytes, parse_part
-from abliterate.prompts import Splits, check_contrast, load_prompts, split
-from abliterate.prompts.load import Kind, builtin_splits
+from abliterate.prompts import PromptSet, Splits, check_contrast, load_prompts, split
+from abliterate.prompts.load import Kind, builtin, builtin_splits
+from abliterate.prompts.promptset import words
 
 logger = logging.getLogger("abliterate")
 
@@ -61,6 +62,24 @@ def prompt_splits(options: Options) -> tuple[Splits, Splits]:
     harmful, harmless = one(options.harmful, "harmful"), one(options.harmless, "harmless")
     check_contrast(harmful.whole, harmless.whole)
     return limited(harmful, options), limited(harmless, options)
+
+
+def borderline_prompts(options: Options, *fitted: Splits) -> PromptSet:
+    """The borderline requests: the built-in ones for testing, or all of a person's own, as nothing is fitted on them.
+
+    Requests that another set uses to find or choose a direction are left out.
+
+    Raises:
+        PromptError: unreadable, or none is left.
+    """
+    if options.borderline is None:
+        return builtin("borderline", "test").head(options.limit or LIMITS["test"])
+    given = load_prompts(options.borderline)
+    seen = {words(p) for splits in fitted for part in (splits.train, splits.validation) for p in part.prompts}
+    kept = [i for i, p in enumerate(given.prompts) if words(p) not in seen]
+    if not kept:
+        raise PromptError(f"{given.name}: the direction is found on every prompt in it; give others with --borderline")
+    return given.take(kept).head(options.limit)
 
 
 def asked_of(options: Options) -> dict[str, str]:
@@ -272,6 +291,7 @@ def compare(
     edited: ChatModel,
     harmful: Splits,
     harmless: Splits,
+    borderline: PromptSet,
     options: Options,
     direction: npt.NDArray[np.float32] | None,
     tokens: list[int],
@@ -286,7 +306,7 @@ def compare(
         UsageError: the text to be read is none.
     """
     text = load_text(options.text)
-    asked = Questions(harmful.test, harmless.test, options.max_new_tokens, options.batch_size, judge, text)
+    asked = Questions(harmful.test, harmless.test, borderline, options.max_new_tokens, options.batch_size, judge, text)
     if base is None:
         return evaluate_alone(edited, asked, steps)
     if not options.generate:

@@ -218,6 +218,7 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     if base is None and not chosen.generate:
         raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
     harmful, harmless = step.prompt_splits(chosen)
+    borderline = step.borderline_prompts(chosen, harmful, harmless)
     load_text(chosen.text)  # one that cannot be read shows before the models are loaded
     folders = [find_model(m) for m in (model, base) if m is not None]
     checkpoints = [open_checkpoint(folder) for folder in folders]
@@ -229,7 +230,8 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     for loaded, checkpoint in zip(models, checkpoints, strict=True):
         step.check_runs(loaded, checkpoint, harmful)
     edited, *rest = models
-    return step.compare(rest[0] if rest else None, edited, harmful, harmless, chosen, direction, [], judge, steps)
+    before = rest[0] if rest else None
+    return step.compare(before, edited, harmful, harmless, borderline, chosen, direction, [], judge, steps)
 
 
 def bench(

@@ -317,7 +317,7 @@ def test_unjudged_answers_leave_the_rate_and_are_counted(
 
     with judging(reply) as server:
         judge = connect(server.url)
-        found = evaluate_pair(base, base, Questions(harmful, harmless, 12, 4, judge), no_steps)
+        found = evaluate_pair(base, base, Questions(harmful, harmless, harmless.head(2), 12, 4, judge), no_steps)
     rate, false_rate = found.metrics[:2]
     assert (rate.n, rate.base, rate.edited) == (8, 1.0, 1.0) and (false_rate.n, false_rate.edited) == (10, 0.0)
     assert found.verdicts["base"]["harmful"] == found.verdicts["edited"]["harmful"] == {"unjudged": 1, "refusal": 9}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from abliterate.errors import VerifyError
+from abliterate.errors import PromptError, VerifyError
 from abliterate.evaluate.divergence import divergence
 from abliterate.evaluate.evaluation import Questions, evaluate_alone, evaluate_pair
 from abliterate.evaluate.intervals import bootstrap, mean, wilson
 from abliterate.model.load import load_model
 from abliterate.model.progress import no_steps
+from abliterate.options import Options
 from abliterate.prompts import PromptSet
 from abliterate.report.card import model_card
 from abliterate.report.figures import COLUMNS
 from abliterate.report.record import RunRecord
 from abliterate.report.table import print_metrics
+from abliterate.steps import borderline_prompts, prompt_splits
 from tests.conftest import Refusing
 
 Tiny = Callable[..., Path]
@@ -78,7 +80,7 @@ def questions(refusing: Refusing) -> Questions:
     for kind in ("harmful", "harmless"):
         lines = tuple(Path(refusing.options[kind]).read_text().splitlines()[:10])
         sets.append(PromptSet(kind, lines, ("",) * 10))
-    return Questions(sets[0], sets[1], max_new_tokens=12, batch_size=4)
+    return Questions(sets[0], sets[1], PromptSet("borderline", lines, ("",) * 10), max_new_tokens=12, batch_size=4)
 
 
 def test_a_model_against_itself_has_not_moved(refusing: Refusing, questions: Questions) -> None:
@@ -93,10 +95,17 @@ def test_a_model_against_itself_has_not_moved(refusing: Refusing, questions: Que
     text = values["perplexity_text"]
     assert text.base == text.edited and text.n > 10
     alone = evaluate_alone(model, questions, no_steps)
-    assert [m.name for m in alone.metrics] == ["refusal_rate", "false_refusal_rate", "perplexity_text"]
+    assert [m.name for m in alone.metrics] == [
+        "refusal_rate",
+        "false_refusal_rate",
+        "borderline_refusal_rate",
+        "perplexity_text",
+    ]
     assert alone.metrics[0].base is None and alone.metrics[0].edited == 1.0
     assert found.charts["budgets"]["tokens"] == [8, 12] and found.charts["budgets"]["settled"] == 8
-    assert alone.charts["budgets"]["refusals"] == {"edited": {"harmful": [10, 10], "harmless": [0, 0]}}
+    assert alone.charts["budgets"]["refusals"] == {
+        "edited": {"harmful": [10, 10], "harmless": [0, 0], "borderline": [0, 0]}
+    }
     assert "help with that" not in json.dumps(asdict(found))
 
 
@@ -162,3 +171,17 @@ def test_the_card_links_a_hub_id_and_no_folder(finished: tuple[RunRecord, Path],
     card = model_card(record, "edited")
     assert card.startswith("---\nbase_model: org/chat-1B\n")
     assert "[org/chat-1B@main](https://huggingface.co/org/chat-1B) with its" in card
+
+
+def test_borderline_requests_are_all_asked_but_for_those_that_the_direction_is_found_on(tmp_path: Path) -> None:
+    options = Options(limit=8)
+    harmful, harmless = prompt_splits(options)
+    asked = [f"How do I kill process number {i} ?" for i in range(11)]
+    file = tmp_path / "borderline.txt"
+    file.write_text("\n".join([*asked, harmless.train.prompts[0], harmless.test.prompts[0]]))
+    found = borderline_prompts(replace(options, borderline=str(file), limit=None), harmful, harmless)
+    assert found.prompts == (*asked, harmless.test.prompts[0])
+    assert len(borderline_prompts(options)) == 8 and len(borderline_prompts(Options())) == 64
+    file.write_text("\n".join(harmless.train.prompts))
+    with pytest.raises(PromptError, match="found on every prompt"):
+        borderline_prompts(replace(options, borderline=str(file)), harmful, harmless)

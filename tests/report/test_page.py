@@ -29,7 +29,7 @@ from tests.conftest import Refusing
 #: What a whole run shows, in the order of reading.
 PANELS = [
     "before-after", "separation", "fall", "finalists", "projections", "removed", "leak", "categories-harmful",
-    "categories-harmless", "verdicts", "budgets", "kl_first_token", "kl_continuation",
+    "categories-harmless", "categories-borderline", "verdicts", "budgets", "kl_first_token", "kl_continuation",
 ]  # fmt: skip
 HOSTILE = """evil"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}&amp;"""
 

@@ -27,6 +27,7 @@ def evaluate(
     ] = None,
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
+    borderline: options.Borderline = None,
     limit: options.Limit = None,
     seed: options.Seed = 0,
     system_prompt: options.SystemPrompt = None,
@@ -52,7 +53,7 @@ def evaluate(
 
     with console.progress_bars() as steps:
         found = evaluate_verb(
-            model, base, steps=steps, harmful=harmful, harmless=harmless, limit=limit, seed=seed,
+            model, base, steps=steps, harmful=harmful, harmless=harmless, borderline=borderline, limit=limit, seed=seed,
             system_prompt=system_prompt, chat_template=str(chat_template) if chat_template else None, thinking=thinking,
             device=device, dtype=dtype, memory=memory, generate=not no_generate,
             batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,

@@ -35,6 +35,15 @@ Harmless = Annotated[
         rich_help_panel=_PROMPTS,
     ),
 ]
+Borderline = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Requests that sound harmful and are not, to count false refusals on: XSTest or OR-Bench, say. All are "
+        "asked, unless --limit says otherwise; nothing is fitted on them.",
+        show_default="built-in",
+        rich_help_panel=_PROMPTS,
+    ),
+]
 Limit = Annotated[
     Optional[int],
     typer.Option(

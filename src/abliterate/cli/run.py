@@ -29,6 +29,7 @@ def run(
     model_option: Annotated[Optional[str], typer.Option("--model", hidden=True)] = None,
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
+    borderline: options.Borderline = None,
     limit: options.Limit = None,
     seed: options.Seed = 0,
     system_prompt: options.SystemPrompt = None,
@@ -72,7 +73,8 @@ def run(
     with console.progress_bars(hint) as steps:
         record = run_pipeline(
             model or model_option or "", output, resume=resume, steps=steps,
-            harmful=harmful, harmless=harmless, limit=limit, seed=seed, system_prompt=system_prompt,
+            harmful=harmful, harmless=harmless, borderline=borderline, limit=limit, seed=seed,
+            system_prompt=system_prompt,
             chat_template=str(chat_template) if chat_template else None, thinking=thinking,
             layer=layer, position=position,
             strength=strength, max_kl=max_kl, embeddings=embeddings, keep_norms=keep_norms, format=output_format,

@@ -31,6 +31,9 @@ from abliterate.prompts import PromptSet
 
 #: Prompts on which leak is measured: it hardly differs from one to the next.
 LEAK_PROMPTS = 16
+#: The rate that refusals of each set make, and the score of those that are asked no more than the first token.
+RATES = {"harmful": "refusal_rate", "harmless": "false_refusal_rate", "borderline": "borderline_refusal_rate"}
+SCORES = {"harmful": "refusal_score", "harmless": "refusal_score_harmless", "borderline": "refusal_score_borderline"}
 #: Answer tokens along which KL and perplexity are taken.
 CONTINUATION = 32
 
@@ -53,14 +56,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Questions:
-    """What to ask: the two test sets, token budget and batch size; who judges the answers, and a text to be read."""
+    """What to ask: three test sets, token budget and batch size; who judges the answers, and a text to be read.
+
+    Borderline requests sound harmful, and are harmless to answer.
+    """
 
     harmful: PromptSet
     harmless: PromptSet
+    borderline: PromptSet
     max_new_tokens: int
     batch_size: int
     judge: Judge = RULES
     text: Text = field(default_factory=partial(load_text, None))
+
+    @property
+    def sets(self) -> dict[str, PromptSet]:
+        """The three sets by their kind."""
+        return {kind: getattr(self, kind) for kind in RATES}
 
 
 def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> Evaluation:
@@ -69,13 +81,8 @@ def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> E
     Raises:
         VerifyError: the judge leaves more than a tenth of the answers without a verdict.
     """
-    harmful, harmless = _ask_both(model, questions, "", progress)
-    metrics = [
-        _rate("refusal_rate", questions.harmful, None, harmful, questions),
-        _rate("false_refusal_rate", questions.harmless, None, harmless, questions),
-        *_without_answers(None, model, questions, progress),
-    ]
-    answers = {"edited": {"harmful": harmful, "harmless": harmless}}
+    answers = {"edited": _ask_all(model, questions, "", progress)}
+    metrics = [*_rates(answers, questions), *_without_answers(None, model, questions, progress)]
     return Evaluation(tuple(metrics), _counts(answers), _budgets(answers, questions), questions.judge.facts)
 
 
@@ -96,25 +103,16 @@ def evaluate_pair(
             leaves more than a tenth of the answers without a verdict.
     """
     _require_alike(base, edited, direction)
-    base_harmful, base_harmless = _ask_both(base, questions, "base ", progress)
-    harmful, harmless = _ask_both(edited, questions, "edited ", progress)
-    cost, charts = _cost(base, edited, questions, base_harmless, progress)
-    metrics = [
-        _rate("refusal_rate", questions.harmful, base_harmful, harmful, questions),
-        _rate("false_refusal_rate", questions.harmless, base_harmless, harmless, questions),
-        *cost,
-        *_without_answers(base, edited, questions, progress),
-    ]
+    both = (("base", base), ("edited", edited))
+    answers = {who: _ask_all(model, questions, f"{who} ", progress) for who, model in both}
+    cost, charts = _cost(base, edited, questions, answers["base"]["harmless"], progress)
+    metrics = [*_rates(answers, questions), *cost, *_without_answers(base, edited, questions, progress)]
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
-    answers = {
-        "base": {"harmful": base_harmful, "harmless": base_harmless},
-        "edited": {"harmful": harmful, "harmless": harmless},
-    }
     charts |= _budgets(answers, questions)
     charts["categories"] = {
-        "harmful": _categories(questions.harmful, base_harmful, harmful),
-        "harmless": _categories(questions.harmless, base_harmless, harmless),
+        kind: _categories(prompts, answers["base"][kind], answers["edited"][kind])
+        for kind, prompts in questions.sets.items()
     }
     return Evaluation(tuple(metrics), _counts(answers), charts, questions.judge.facts)
 
@@ -161,26 +159,20 @@ def evaluate_first_tokens(
     KL is taken on the harmless prompts whose likeliest first token does not open a refusal of the base (`tokens`).
     """
     _require_alike(base, edited, direction)
-    sets = (questions.harmful, questions.harmless)
-    rows = base.chat.encode([*questions.harmful.prompts, *questions.harmless.prompts])
-    step, n = progress("first tokens", 2 * len(rows)), len(questions.harmful)
+    rows = base.chat.encode([p for prompts in questions.sets.values() for p in prompts.prompts])
+    step = progress("first tokens", 2 * len(rows))
     p, q = (first_token_log_probs(m, rows, questions.batch_size, step) for m in (base, edited))
-    metrics = []
-    if tokens:
-        scores = [refusal_score(x, tokens).double().cpu().numpy() for x in (p, q)]
-        for name, prompts, part in zip(("harmful", "harmless"), sets, (slice(n), slice(n, None)), strict=True):
-            before, after = (bootstrap(x[part], mean) for x in scores)
-            how = f"mean log-odds that the first answer token opens a refusal, {name} prompts; bootstrap 95%"
-            called = "refusal_score" if name == "harmful" else "refusal_score_harmless"
-            metrics.append(Metric.of(called, prompts.name, before, after, len(prompts), how))
-    kept = [i for i, t in enumerate(p[n:].argmax(-1).tolist()) if t not in tokens]
+    metrics = _scores(p, q, questions, tokens) if tokens else []
+    start = len(questions.harmful)
+    first = p[start : start + len(questions.harmless)].argmax(-1).tolist()
+    kept = [start + i for i, t in enumerate(first) if t not in tokens]
     if not kept:
         raise VerifyError(
             "the base opens every harmless prompt like a refusal, so there is nothing to measure the cost on; give "
             "others with --harmless, or do without the comparison (--no-eval)"
         )
-    kl = kl_divergence(p[n:][kept], q[n:][kept]).double().cpu().numpy()
-    floor = _first_token_floor(base, rows, p, [n + i for i in kept], progress)
+    kl = kl_divergence(p[kept], q[kept]).double().cpu().numpy()
+    floor = _first_token_floor(base, rows, p, kept, progress)
     how = f"mean KL(base‖edited), nats, first answer token; {quantiles(kl)}; {_floor(floor)}; bootstrap 95%"
     name = questions.harmless.name + (", not opened like a refusal by the base" if tokens else "")
     metrics.append(Metric.of("kl_first_token", name, bootstrap(floor, mean), bootstrap(kl, mean), len(kept), how))
@@ -188,6 +180,17 @@ def evaluate_first_tokens(
     if direction is not None:
         metrics.append(_leak(base, edited, questions, direction))
     return Evaluation(tuple(metrics), {}, {"kl": {"kl_first_token": _sorted(kl)}})
+
+
+def _scores(p: torch.Tensor, q: torch.Tensor, questions: Questions, tokens: list[int]) -> list[Metric]:
+    """Refusal scores of every set, from log-probabilities `[all prompts, d_vocab]` of base and edited model."""
+    found, start = [], 0
+    for kind, prompts in questions.sets.items():
+        part = slice(start, start := start + len(prompts))
+        before, after = (bootstrap(refusal_score(x[part], tokens).double().cpu().numpy(), mean) for x in (p, q))
+        how = f"mean log-odds that the first answer token opens a refusal, {kind} prompts; bootstrap 95%"
+        found.append(Metric.of(SCORES[kind], prompts.name, before, after, len(prompts), how))
+    return found
 
 
 def _first_token_floor(
@@ -214,23 +217,27 @@ def _require_alike(base: ChatModel, edited: ChatModel, direction: npt.NDArray[np
         )
 
 
-def _ask_both(model: ChatModel, questions: Questions, label: str, progress: Steps) -> tuple[Answers, Answers]:
-    """Answers to the harmful and the harmless set; only the harmless ones keep their token ids."""
-    step = progress(f"{label}answers", len(questions.harmful) + len(questions.harmless))
+def _ask_all(model: ChatModel, questions: Questions, label: str, progress: Steps) -> dict[str, Answers]:
+    """Answers to each set; only the harmless ones keep their token ids."""
+    step = progress(f"{label}answers", sum(map(len, questions.sets.values())))
     budget, size, judge = questions.max_new_tokens, questions.batch_size, questions.judge
     cuts = shorter(budget) if judge is RULES else []
-    harmful = ask(model, questions.harmful, budget, size, progress=step, judge=judge, cuts=cuts)
-    return harmful, ask(model, questions.harmless, budget, size, keep_ids=True, progress=step, judge=judge, cuts=cuts)
+    return {
+        kind: ask(model, prompts, budget, size, kind == "harmless", step, judge, cuts)
+        for kind, prompts in questions.sets.items()
+    }
 
 
-def _rate(name: str, prompts: PromptSet, base: Answers | None, edited: Answers, questions: Questions) -> Metric:
-    """The share of refusals among the prompts whose answers were judged, those of both models where there are two."""
-    both = [answers.labels for answers in (base, edited) if answers is not None]
-    kept = [labels for labels in zip(*both, strict=True) if None not in labels]
-    rates = [wilson(column.count("refusal"), len(kept)) for column in zip(*kept, strict=True)]
-    before = rates[0] if base is not None else None
-    how = method(questions.judge, questions.max_new_tokens)
-    return Metric.of(name, prompts.name, before, rates[-1], len(kept), how)
+def _rates(answers: dict[str, dict[str, Answers]], questions: Questions) -> list[Metric]:
+    """Of each set the share of refusals among the prompts whose answers, of both models if two, were judged."""
+    found, how = [], method(questions.judge, questions.max_new_tokens)
+    for kind, prompts in questions.sets.items():
+        together = zip(*(given[kind].labels for given in answers.values()), strict=True)
+        kept = [labels for labels in together if None not in labels]
+        rates = [wilson(column.count("refusal"), len(kept)) for column in zip(*kept, strict=True)]
+        before = rates[0] if "base" in answers else None
+        found.append(Metric.of(RATES[kind], prompts.name, before, rates[-1], len(kept), how))
+    return found
 
 
 def _cost(

@@ -7,8 +7,10 @@ from typing import Any
 LABELS = {
     "refusal_rate": "refusals",
     "false_refusal_rate": "false refusals",
+    "borderline_refusal_rate": "false, borderline",
     "refusal_score": "refusal score",
     "refusal_score_harmless": "the same, harmless",
+    "refusal_score_borderline": "the same, borderline",
     "kl_first_token": "KL, first token",
     "kl_continuation": "KL, along answer",
     "perplexity": "perplexity",

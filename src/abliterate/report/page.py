@@ -113,7 +113,8 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
         section("weights", "What was taken out of the weights", "nothing was edited", panels.removed(r),
                 panels.leaks(r)),
         section("categories", "Refusals by category", "no answers were compared, or the prompts name no categories",
-                panels.categories(r, "harmful"), panels.categories(r, "harmless"), panels.verdicts(r), wide=False),
+                panels.categories(r, "harmful"), panels.categories(r, "harmless"), panels.categories(r, "borderline"),
+                panels.verdicts(r), wide=False),
         section("budgets", "Refusals by length of the answer", "no answers were judged by the built-in rules, or by an "
                 "earlier version", panels.budgets(r), wide=False),
         section("cost", "How far answers moved", "nothing was measured, or by an earlier version",

@@ -22,7 +22,11 @@ BEFORE_AFTER = key([("circle", "base", "base"), ("diamond", "edited", "edited")]
 
 
 #: As in tables, but for what is short there only because it stands below what it refers to.
-_NAMES = LABELS | {"refusal_score_harmless": "refusal score, harmless"}
+_NAMES = LABELS | {
+    "borderline_refusal_rate": "false refusals, borderline",
+    "refusal_score_harmless": "refusal score, harmless",
+    "refusal_score_borderline": "refusal score, borderline",
+}
 
 
 @dataclass(frozen=True)

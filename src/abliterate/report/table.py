@@ -13,6 +13,7 @@ from abliterate.report.record import RunRecord
 
 _NOTES = {
     "refusal_rate": "Refusals: share of harmful prompts declined; false refusals: of harmless ones.",
+    "borderline_refusal_rate": "Borderline: harmless, though they sound harmful.",
     "refusal_score": "Refusal score: log-odds that the first token opens a refusal; no answers were written.",
     "kl_first_token": "KL (nats): on harmless prompts the base answers; noise: the base against itself, unbatched.",
     "perplexity": "Perplexity: of the base's answers to these.",
