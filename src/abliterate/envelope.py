@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 TOOL = "abliterate"
+#: A list of numbers as `indent` writes it. No text of JSON holds a line's end, so none is found in one.
+_NUMBERS = re.compile(r"\[\n([-+.,\deE\s]+)\]")
 
 
 def enveloped(kind: str, value: Mapping[str, Any], schema: int = 1) -> dict[str, Any]:
@@ -25,9 +28,10 @@ def enveloped(kind: str, value: Mapping[str, Any], schema: int = 1) -> dict[str,
 def json_text(value: Any, *, escaped: bool = False) -> str:
     """Indented JSON after RFC 8259, which knows no NaN and no infinity: such a number becomes null.
 
-    `escaped` leaves ASCII alone in it, which comes through a pipe of any encoding.
+    A list of numbers stands on one line. `escaped` leaves ASCII alone, which comes through a pipe of any encoding.
     """
-    return json.dumps(_finite(value), indent=2, ensure_ascii=escaped, allow_nan=False)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=escaped, allow_nan=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _finite(value: Any) -> Any:

@@ -195,21 +195,13 @@ class _Run:
 
         def compute() -> dict[str, Any]:
             edited = self.edited()
-            vector = direction.vector
             return asdict(
                 step.compare(
-                    self.base,
-                    edited,
-                    self.harmful,
-                    self.harmless,
-                    self.borderline,
-                    self.options,
-                    vector,
-                    tokens,
+                    self.base, edited, self.harmful, self.harmless, self.borderline, self.options, direction, tokens,
                     self.judge,
                     self.steps,
                 )
-            )
+            )  # fmt: skip
 
         found: dict[str, Any] = self.step("evaluate", compute)
         return found

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from abliterate import observe as observing
 from abliterate.activations.collect import collect, collect_sets
 from abliterate.activations.stats import ActivationStats
@@ -23,7 +20,7 @@ from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction import choose as choosing
 from abliterate.direction.choose import Choice
-from abliterate.direction.direction import candidates, most_separated
+from abliterate.direction.direction import Direction, candidates, most_separated
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import PromptError, UsageError, VerifyError
 from abliterate.evaluate.agreement import agreed
@@ -293,7 +290,7 @@ def compare(
     harmless: Splits,
     borderline: PromptSet,
     options: Options,
-    direction: npt.NDArray[np.float32] | None,
+    direction: Direction | None,
     tokens: list[int],
     judge: Judge,
     steps: Steps = no_steps,

@@ -224,7 +224,7 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     checkpoints = [open_checkpoint(folder) for folder in folders]
     memory = step.bounded_memory(checkpoints, chosen)
     removed = folders[0] / RECORDS / "directions.safetensors"
-    direction = Direction.load(removed).vector if removed.is_file() else None
+    direction = Direction.load(removed) if removed.is_file() else None
     judge = step.pick_judge(chosen, steps)
     models = [step.load(folder, chosen, memory) for folder in folders]
     for loaded, checkpoint in zip(models, checkpoints, strict=True):

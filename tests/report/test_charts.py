@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from abliterate.report.charts import Band, Cells, Dots, Row, bands, dots, heat_map, histogram, intervals
+from abliterate.report.layers import frames
 from abliterate.report.svg import Scale, key, plain, tag
 
 NAN = float("nan")
@@ -105,6 +106,20 @@ def test_a_histogram_counts_every_value_once() -> None:
     values = [0.0, 1e-5, 1e-3, 1e-3, 1.0]
     drawn = parsed(histogram(values, Scale.over(values, log=True), "what"))
     assert sum(int(str(e.text).split()[0]) for e in drawn.iter("title")) == len(values)
+
+
+@pytest.mark.parametrize("figure", [None, -0.001, 2.5])
+def test_a_frame_holds_every_prompt_on_its_side_of_the_line(figure: float | None) -> None:
+    model = {"harmful": [0, 3, 3, 0, 1], "harmless": [2, 0, 0, 0, 5], "separation": figure, "auc": figure}
+    none = model | {"harmful": [0] * 5, "harmless": [0] * 5}
+    drawn = parsed(frames([{"low": -1.0, "high": 4.0, "base": model, "edited": none}] * 3, 1, "what"))
+    shown = [g.attrib["class"] for g in drawn.iter("g")]
+    assert shown == ["step", "step own on", "step"]
+    heaps = [p.attrib for p in drawn.iter("path")][:2]
+    assert heaps[0]["d"] == "M0 0V0h1V-3h2V0h1V-1h1V0z" and "harmful" in heaps[0]["class"]
+    assert heaps[1]["d"] == "M0 0V2h1V0h3V5h1V0z" and "harmless" in heaps[1]["class"]
+    said = {None: "–", -0.001: "0.00", 2.5: "2.50"}[figure]
+    assert next(drawn.iter("g")).attrib["data-said"] == f"layer 0: base {said}, edited {said} spreads apart"
 
 
 def test_a_key_tells_series_apart_without_colour() -> None:

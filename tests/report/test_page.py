@@ -24,12 +24,14 @@ from abliterate.report.command import command
 from abliterate.report.page import page
 from abliterate.report.record import RunRecord
 from abliterate.results import card, report
+from tests.browser import browser
 from tests.conftest import Refusing
 
 #: What a whole run shows, in the order of reading.
 PANELS = [
-    "before-after", "separation", "fall", "finalists", "projections", "removed", "leak", "categories-harmful",
-    "categories-harmless", "categories-borderline", "verdicts", "budgets", "kl_first_token", "kl_continuation",
+    "before-after", "separation", "fall", "finalists", "projections", "single-prompts", "removed", "leak",
+    "categories-harmful", "categories-harmless", "categories-borderline", "verdicts", "budgets", "kl_first_token",
+    "kl_continuation",
 ]  # fmt: skip
 HOSTILE = """evil"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}&amp;"""
 
@@ -120,6 +122,33 @@ def test_the_charts_add_up_to_the_metrics(chosen: tuple[RunRecord, Path]) -> Non
     gap = charts["projections"]["harmful_mean"][layer] - charts["projections"]["harmless_mean"][layer]
     assert gap == pytest.approx(record.direction["scale"], rel=0.01)
     assert len(json.dumps(record.as_dict)) < 60_000
+    own = charts["along"][layer]
+    for who in ("base", "edited"):
+        for kind, name in (("harmful", "refusal_rate"), ("harmless", "false_refusal_rate")):
+            metric = record.metric(name)
+            assert metric is not None and all(sum(one[who][kind]) == metric["n"] for one in charts["along"])
+    assert own["base"]["separation"] > 2 and own["base"]["auc"] > 0.95
+    assert all(abs(one["edited"]["separation"]) < 0.02 for one in charts["along"])
+
+
+def test_a_record_keeps_a_list_of_numbers_on_a_line(chosen: tuple[RunRecord, Path], tmp_path: Path) -> None:
+    text = "[\n  1,\n  2\n]"
+    record = dataclasses.replace(chosen[0], model=text, charts={"a": [1, -2.5e-7], "b": [[], [[3]], ["1"], [None]]})
+    record.save(tmp_path / "run.json")
+    assert RunRecord.load(tmp_path / "run.json") == record
+    assert '"a": [1, -2.5e-07],\n' in (tmp_path / "run.json").read_text()
+    whole = (chosen[1] / "abliteration" / "run.json").read_text()
+    assert re.search(r"\[\d+, ", whole) and not re.search(r"\[\s+[-\d]", whole)
+
+
+def test_one_layer_is_shown_without_a_script(chosen: tuple[RunRecord, Path]) -> None:
+    record, out = chosen
+    found = Outline((out / "abliteration" / "report.html").read_text())
+    frames = [a for tag, a in found.elements if tag == "g" and "step" in str(a.get("class")).split()]
+    shown = [n for n, a in enumerate(frames) if "on" in str(a["class"]).split()]
+    assert len(frames) == record.resolved["n_layers"] and shown == [record.direction["layer"]]
+    assert [a["value"] for tag, a in found.elements if tag == "input"] == [str(shown[0])]
+    assert [a for tag, a in found.elements if a.get("class") == "player" and "hidden" in a]
 
 
 def test_names_from_outside_stay_text(chosen: tuple[RunRecord, Path]) -> None:
@@ -159,11 +188,14 @@ def test_an_adapter_of_two_directions_and_a_run_without_answers_have_pages(refus
     assert "The span of 2 directions" in found.text and "LoRA adapter for 9 tensors" in found.text
     abliterate.run(str(refusing.folder), tmp_path / "out", generate=False, **refusing.options)
     found = Outline((tmp_path / "out" / "abliteration" / "report.html").read_text())
-    assert found.figures() == ["before-after", "separation", "projections", "removed", "leak", "kl_first_token"]
+    shown = ["before-after", "separation", "projections", "single-prompts", "removed", "leak", "kl_first_token"]
+    assert found.figures() == shown
     assert "the refusal score of" in found.text and "--no-generate" in found.text
 
 
-@pytest.mark.parametrize(("cut", "shown"), [("select", []), ("compare", PANELS[1:3] + PANELS[4:7])])
+@pytest.mark.parametrize(
+    ("cut", "shown"), [("select", []), ("compare", ["separation", "projections", "removed", "leak"])]
+)
 def test_an_unfinished_run_has_a_page_of_what_there_is(
     cut: str, shown: list[str], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +210,7 @@ def test_an_unfinished_run_has_a_page_of_what_there_is(
         path = report(run)
         assert path == tmp_path / "out.partial" / "abliteration" / "report.html"
         found = Outline(path.read_text())
-        assert found.figures() == [name for name in shown if name != "fall"]
+        assert found.figures() == shown
         assert "--resume goes on" in found.text and "has not come this far" in found.text
         assert str(refusing.folder) in found.text
     with pytest.raises(UsageError, match="not finished"):
@@ -370,3 +402,68 @@ def test_it_prints(chosen: tuple[RunRecord, Path], tmp_path: Path) -> None:
     chromium(tmp_path, html, f"--print-to-pdf={tmp_path / 'page.pdf'}", "--no-pdf-header-footer")
     pdf = (tmp_path / "page.pdf").read_bytes()
     assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
+
+
+#: Which layers are seen, what the slider says, and what the button does.
+_SHOWN = """(() => {
+  const seen = [...document.querySelectorAll(".step")].map((s, n) => s.getBoundingClientRect().width > 0 ? n : -1);
+  const slider = document.querySelector(".player input"), button = document.querySelector(".player button");
+  const drawn = (e) => e.getBoundingClientRect().width > 0;
+  return {layers: seen.filter((n) => n >= 0), says: slider.ariaValueText ?? slider.getAttribute("aria-valuetext"),
+    slider: drawn(slider), button: drawn(button) && button.textContent};
+})()"""
+#: Kept when the button is back to "Play", or after a minute.
+_ENDED = """new Promise((done) => {
+  setInterval(() => document.querySelector(".player button").textContent === "Play" && done(), 50);
+  setTimeout(done, 60000);
+})"""
+_ARROW, _HOME, _END, _SPACE = ("ArrowRight", 39), ("Home", 36), ("End", 35), (" ", 32)
+
+
+@pytest.mark.browser
+def test_the_slider_shows_one_layer_at_a_time(chosen: tuple[RunRecord, Path], tmp_path: Path) -> None:
+    html, own = chosen[1] / "abliteration" / "report.html", chosen[0].direction["layer"]
+    last = chosen[0].resolved["n_layers"] - 1
+    with browser(tmp_path / "profile") as page:
+        for width in (1100, 375):
+            page.open(html, width)
+            shown = page.value(_SHOWN)
+            assert shown["layers"] == [own] and shown["slider"] and shown["button"] == "Play"
+            assert re.match(rf"layer {own} \(chosen\): base \d.*, edited .* spreads apart", shown["says"])
+            page.value('document.querySelector(".player input").focus()')
+            for key, layer in ((_HOME, 0), (_ARROW, 1), (_END, last)):
+                page.press(*key)
+                shown = page.value(_SHOWN)
+                assert shown["layers"] == [layer] and shown["says"].startswith(f"layer {layer}")
+            page.call("Emulation.setEmulatedMedia", media="print")
+            shown = page.value(_SHOWN)
+            assert shown["layers"] == [own] and not shown["slider"] and not shown["button"]
+        page.open(html, prefers_reduced_motion="reduce")
+        shown = page.value(_SHOWN)
+        assert shown["slider"] and not shown["button"]
+        page.call("Emulation.setScriptExecutionDisabled", value=True)
+        page.open(html)
+        page.call("Emulation.setScriptExecutionDisabled", value=False)
+        shown = page.value(_SHOWN)
+        assert shown["layers"] == [own] and not shown["slider"]
+        assert page.console == []
+
+
+@pytest.mark.browser
+def test_it_plays_to_the_last_layer_and_pauses(chosen: tuple[RunRecord, Path], tmp_path: Path) -> None:
+    last = chosen[0].resolved["n_layers"] - 1
+    with browser(tmp_path / "profile") as page:
+        page.open(chosen[1] / "abliteration" / "report.html")
+        page.value('document.querySelector(".player input").focus()')
+        page.press(*_END)
+        page.value('document.querySelector(".player button").focus()')
+        page.press(*_SPACE)  # from the end it starts anew
+        assert page.value(_SHOWN)["layers"] == [0] and page.value(_SHOWN)["button"] == "Pause"
+        page.press(*_SPACE)
+        at = page.value(_SHOWN)["layers"]
+        page.value("new Promise((done) => setTimeout(done, 900))")
+        assert page.value(_SHOWN)["layers"] == at and page.value(_SHOWN)["button"] == "Play"
+        page.press(*_SPACE)
+        page.value(_ENDED)
+        shown = page.value(_SHOWN)
+        assert shown["layers"] == [last] and shown["button"] == "Play" and page.console == []

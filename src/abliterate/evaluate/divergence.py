@@ -113,24 +113,3 @@ def quantiles(values: Float64Array) -> str:
     """Median and 95th percentile in words: KL has a heavy tail that a mean hides."""
     median, p95 = np.quantile(values, [0.5, 0.95])
     return f"median {median:.3g}, p95 {p95:.3g}"
-
-
-def leak(
-    model: ChatModel, rows: list[list[int]], direction: torch.Tensor, n_positions: int, batch_size: int
-) -> Float64Array:
-    """`[n]` root mean square over layers and template tokens of `‖r̂ᵀh‖ / ‖h‖` in a real forward pass, per prompt.
-
-    Zero where nothing writes along `r̂` (`[d_model]`, or `[k, d_model]`); √(k/d_model) is what random ones show.
-    """
-    unit = torch.atleast_2d(direction).to(model.device, torch.float32).T
-    total = np.zeros(len(rows))
-
-    def fold(batch: Batch, _layer: int, hidden: torch.Tensor) -> None:
-        wanted = hidden[:, -n_positions:].float()
-        shares = ((wanted @ unit).norm(dim=-1) / wanted.norm(dim=-1)) ** 2
-        total[batch.indices] += shares.mean(-1).double().cpu().numpy()
-
-    for _ in forward(model, batches(model, rows, batch_size, keep=n_positions), on_block=fold, keep=n_positions):
-        pass
-    share: Float64Array = np.sqrt(total / model.n_layers)
-    return share

@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from abliterate.direction.direction import Direction
 from abliterate.direction.refusal_score import refusal_score
 from abliterate.errors import VerifyError
+from abliterate.evaluate.along import along, histograms, place
 from abliterate.evaluate.budgets import shorter, sweep
-from abliterate.evaluate.divergence import Divergence, divergence, leak, lone, quantiles, spread
+from abliterate.evaluate.divergence import Divergence, divergence, lone, quantiles, spread
 from abliterate.evaluate.intervals import bootstrap, mean, wilson
 from abliterate.evaluate.judge import RULES, Judge
 from abliterate.evaluate.metric import Metric
@@ -43,8 +45,9 @@ class Evaluation:
     """All metrics, and how many answers each verdict got: `{"base": {"harmful": {"refusal": 12, ...}}}`.
 
     `charts` is what a picture shows beyond them: `kl`, sorted values of single prompts by the metric's name, and
-    `categories`, `{"harmful": {"fraud": {"n": 12, "base": 11, "edited": 0}}}`, refusals where the set names some, and
-    `budgets`, refusals had the answers been cut earlier, as `budgets.sweep` says.
+    `categories`, `{"harmful": {"fraud": {"n": 12, "base": 11, "edited": 0}}}`, refusals where the set names some;
+    `budgets`, refusals had the answers been cut earlier, as `budgets.sweep` says; and `along`, where single prompts lie
+    on the direction after every block, as `along.histograms` says.
     `judge` says who judged: a name, and for an endpoint its model and its agreement with labelled completions.
     """
 
@@ -91,7 +94,7 @@ def evaluate_pair(
     edited: ChatModel,
     questions: Questions,
     progress: Steps,
-    direction: npt.NDArray[np.float32] | None = None,
+    direction: Direction | None = None,
 ) -> Evaluation:
     """Every figure for both models; `leak` only where the direction is given.
 
@@ -108,7 +111,8 @@ def evaluate_pair(
     cost, charts = _cost(base, edited, questions, answers["base"]["harmless"], progress)
     metrics = [*_rates(answers, questions), *cost, *_without_answers(base, edited, questions, progress)]
     if direction is not None:
-        metrics.append(_leak(base, edited, questions, direction))
+        leak, charts["along"] = _along(base, edited, questions, direction, progress)
+        metrics.append(leak)
     charts |= _budgets(answers, questions)
     charts["categories"] = {
         kind: _categories(prompts, answers["base"][kind], answers["edited"][kind])
@@ -152,7 +156,7 @@ def evaluate_first_tokens(
     questions: Questions,
     tokens: list[int],
     progress: Steps,
-    direction: npt.NDArray[np.float32] | None = None,
+    direction: Direction | None = None,
 ) -> Evaluation:
     """What the first answer token alone tells: refusal scores and KL; text, recognition and `leak` as ever.
 
@@ -177,9 +181,11 @@ def evaluate_first_tokens(
     name = questions.harmless.name + (", not opened like a refusal by the base" if tokens else "")
     metrics.append(Metric.of("kl_first_token", name, bootstrap(floor, mean), bootstrap(kl, mean), len(kept), how))
     metrics += _without_answers(base, edited, questions, progress)
+    charts: dict[str, Any] = {"kl": {"kl_first_token": _sorted(kl)}}
     if direction is not None:
-        metrics.append(_leak(base, edited, questions, direction))
-    return Evaluation(tuple(metrics), {}, {"kl": {"kl_first_token": _sorted(kl)}})
+        leak, charts["along"] = _along(base, edited, questions, direction, progress)
+        metrics.append(leak)
+    return Evaluation(tuple(metrics), {}, charts)
 
 
 def _scores(p: torch.Tensor, q: torch.Tensor, questions: Questions, tokens: list[int]) -> list[Metric]:
@@ -207,13 +213,17 @@ def _floor(floor: npt.NDArray[np.float64]) -> str:
     return f"base: its |KL| against itself, prompt by prompt instead of in batches, on {len(floor)} of them"
 
 
-def _require_alike(base: ChatModel, edited: ChatModel, direction: npt.NDArray[np.float32] | None) -> None:
+def _require_alike(base: ChatModel, edited: ChatModel, direction: Direction | None) -> None:
     if base.chat.tokenizer.get_vocab() != edited.chat.tokenizer.get_vocab():
         raise VerifyError("base and edited model have different vocabularies: their distributions cannot be compared")
-    if direction is not None and not direction.shape[-1] == base.d_model == edited.d_model:
+    if direction is None:
+        return
+    widths, depths = (base.d_model, edited.d_model), (base.n_layers, edited.n_layers)
+    if {*widths} != {direction.vector.shape[-1]} or len({*depths}) > 1:
         raise VerifyError(
-            f"base and edited model have streams of width {base.d_model} and {edited.d_model}, the direction that was "
-            f"removed has {direction.shape[-1]}: one is no edit of the other; give the edited model's own base"
+            "base and edited model have streams of width {} and {} and {} and {} layers, ".format(*widths, *depths)
+            + f"the direction that was removed has width {direction.vector.shape[-1]}: one is no edit of the other; "
+            "give the edited model's own base"
         )
 
 
@@ -284,10 +294,21 @@ def _sorted(values: npt.NDArray[np.float64]) -> list[float]:
     return [float(f"{value:.4g}") for value in np.sort(values)]
 
 
-def _leak(base: ChatModel, edited: ChatModel, questions: Questions, direction: npt.NDArray[np.float32]) -> Metric:
-    """What is left of the residual stream's component along the direction, in a real forward pass."""
-    rows = base.chat.encode(questions.harmful.head(LEAK_PROMPTS).prompts)
-    unit, tail = torch.from_numpy(direction), len(base.chat.tail())
-    before, after = (bootstrap(leak(m, rows, unit, tail, questions.batch_size), mean) for m in (base, edited))
+def _along(
+    base: ChatModel, edited: ChatModel, questions: Questions, direction: Direction, progress: Steps
+) -> tuple[Metric, list[dict[str, Any]]]:
+    """Leak, and histograms of all test prompts for every layer where the direction is one at one position.
+
+    Both come of one real forward pass of each model.
+    """
+    tail, first = len(base.chat.tail()), questions.harmful.head(LEAK_PROMPTS).prompts
+    prompts = first
+    if place(direction, tail) is not None:
+        prompts = (*questions.harmful.prompts, *questions.harmless.prompts)
+    rows, step = base.chat.encode(prompts), progress("projections", 2 * len(prompts))
+    found = [along(m, rows, direction, tail, questions.batch_size, step) for m in (base, edited)]
+    at = [prompts.index(prompt) for prompt in first]
+    before, after = (bootstrap(f.share[at], mean) for f in found)
+    drawn = histograms(found[0].component, found[1].component, len(questions.harmful))
     how = "RMS share |r̂ᵀh|/‖h‖ of the residual stream after every block at the template's tokens; bootstrap 95%"
-    return Metric.of("leak", questions.harmful.name, before, after, len(rows), how)
+    return Metric.of("leak", questions.harmful.name, before, after, len(first), how), drawn

@@ -19,3 +19,37 @@ document.addEventListener("pointerover", (event) => {
   tip.style.top = `${at.y - tip.offsetHeight - 8 < 0 ? at.bottom + 8 : at.y - tip.offsetHeight - 8}px`;
 });
 document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+
+// Shows one layer at a time of a chart that has a frame for each.
+for (const player of document.querySelectorAll(".player")) {
+  const frames = player.closest("figure").querySelectorAll(".step");
+  const slider = player.querySelector("input");
+  const button = player.querySelector("button");
+  let playing = 0;
+  const show = () => {
+    frames.forEach((frame, layer) => frame.classList.toggle("on", layer === slider.valueAsNumber));
+    slider.setAttribute("aria-valuetext", frames[slider.value].dataset.said);
+  };
+  const stop = () => {
+    clearInterval(playing);
+    playing = 0;
+    button.textContent = "Play";
+  };
+  button.addEventListener("click", () => {
+    if (playing) return stop();
+    if (slider.value === slider.max) slider.value = 0;
+    show();
+    button.textContent = "Pause";
+    playing = setInterval(() => {
+      slider.stepUp();
+      show();
+      if (slider.value === slider.max) stop();
+    }, 400);
+  });
+  slider.addEventListener("input", () => {
+    stop();
+    show();
+  });
+  show();
+  player.hidden = false;
+}

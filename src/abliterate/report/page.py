@@ -17,6 +17,7 @@ from markupsafe import Markup
 from abliterate.report import panels
 from abliterate.report.command import command
 from abliterate.report.figures import broken_bounds, counted, judged_by, unjudged
+from abliterate.report.layers import single_prompts
 from abliterate.report.panels import Panel
 from abliterate.report.record import RunRecord
 
@@ -109,7 +110,7 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
         section("result", "Before and after", "nothing was measured", panels.before_after(r)),
         section("direction", "Where the direction was found", earlier, panels.separation(r), panels.fall(r),
                 panels.finalists(r)),
-        section("along", "Both sets along the direction", earlier, panels.projected(r)),
+        section("along", "Both sets along the direction", earlier, panels.projected(r), single_prompts(r)),
         section("weights", "What was taken out of the weights", "nothing was edited", panels.removed(r),
                 panels.leaks(r)),
         section("categories", "Refusals by category", "no answers were compared, or the prompts name no categories",

@@ -31,7 +31,10 @@ _NAMES = LABELS | {
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with what it shows (`finding`), how it is to be read, and its numbers; without a picture the table."""
+    """A chart with what it shows (`finding`), how it is to be read, and its numbers; without a picture the table.
+
+    A picture with a frame for each row has a slider, and shows `frame` at first.
+    """
 
     name: str
     finding: str
@@ -40,6 +43,7 @@ class Panel:
     rows: Sequence[Sequence[str]]
     picture: Markup | None = None
     open: bool = False
+    frame: int | None = None
 
 
 def before_after(record: RunRecord) -> Panel | None:

@@ -28,7 +28,8 @@ class RunRecord:
     `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
     edited tensor with its leak after the cast; `tied_head` says what became of an LM head that shares the
     embedding's weights; `judge` who judged the answers; `seconds` wall time for each step; `charts` is what only the
-    page shows: tables of candidates by layer and position, projections by layer, counts by category, KL by prompt;
+    page shows: tables of candidates by layer and position, projections by layer (means of the train prompts, and
+    `along`, histograms of the test prompts), counts by category, KL by prompt;
     `base_card` what the base's own card says of licence, language and task. Either may be empty.
     """
 
