@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from abliterate.report import panels
+from abliterate.report import measured, panels
 from abliterate.report.command import command
 from abliterate.report.figures import broken_bounds, counted, judged_by, unjudged
 from abliterate.report.layers import single_prompts
@@ -107,19 +107,19 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
 
     earlier = "it was made by an edit alone, or by an earlier version"
     return [
-        section("result", "Before and after", "nothing was measured", panels.before_after(r)),
+        section("result", "Before and after", "nothing was measured", measured.before_after(r)),
         section("direction", "Where the direction was found", earlier, panels.separation(r), panels.fall(r),
                 panels.finalists(r)),
         section("along", "Both sets along the direction", earlier, panels.projected(r), single_prompts(r)),
         section("weights", "What was taken out of the weights", "nothing was edited", panels.removed(r),
                 panels.leaks(r)),
         section("categories", "Refusals by category", "no answers were compared, or the prompts name no categories",
-                panels.categories(r, "harmful"), panels.categories(r, "harmless"), panels.categories(r, "borderline"),
-                panels.verdicts(r), wide=False),
+                *(measured.categories(r, kind) for kind in ("harmful", "harmless", "borderline")), measured.verdicts(r),
+                wide=False),
         section("budgets", "Refusals by length of the answer", "no answers were judged by the built-in rules, or by an "
-                "earlier version", panels.budgets(r), wide=False),
+                "earlier version", measured.budgets(r), wide=False),
         section("cost", "How far answers moved", "nothing was measured, or by an earlier version",
-                panels.moved(r, "kl_first_token"), panels.moved(r, "kl_continuation"), wide=False),
+                measured.moved(r, "kl_first_token"), measured.moved(r, "kl_continuation"), wide=False),
     ]  # fmt: skip
 
 
