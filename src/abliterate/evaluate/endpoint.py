@@ -21,7 +21,8 @@ from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from abliterate.errors import UsageError, VerifyError
-from abliterate.evaluate.judge import Label, judge
+from abliterate.evaluate.broken import broken
+from abliterate.evaluate.judge import Label
 from abliterate.model.progress import Steps, no_steps
 
 #: Environment variable that holds the endpoint's key, if it wants one; kept in no record and no message.
@@ -79,7 +80,7 @@ _OPENER = build_opener(_NoRedirect)
 class Endpoint:
     """A model at `root` (the address before `/chat/completions`) that is asked for one word on each completion.
 
-    Text that the built-in rules call broken is not asked about: no judge may take a loop for an answer.
+    Text that is plainly broken is not asked about: no judge may take a loop for an answer.
     """
 
     root: str
@@ -105,7 +106,7 @@ class Endpoint:
         Raises:
             VerifyError: more than `MOST_UNJUDGED` of them would be None; raised at once.
         """
-        labels: list[Label | None] = ["broken" if judge(text).label == "broken" else None for _, text in pairs]
+        labels: list[Label | None] = ["broken" if broken(text, prompt) else None for prompt, text in pairs]
         asked = [i for i, label in enumerate(labels) if label is None]
         failures: Counter[str] = Counter()
         report = self.steps("judging", len(asked))
