@@ -14,6 +14,8 @@ from abliterate.errors import UsageError
 
 #: Most prompts used of each set, unless `limit` says otherwise.
 LIMITS = {"train": 64, "validation": 48, "test": 64}
+#: The judges that come with the package; any other is an endpoint.
+JUDGES = ("rules", "classifier")
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ class Options:
             raise UsageError("--format adapter: an edit that keeps norms is of full rank and fits none; leave out one")
 
     def _check_judge(self) -> None:
-        if self.judge_model is not None and self.judge is None:
+        if self.judge_model is not None and self.judge in (None, *JUDGES):
             raise UsageError(f"--judge-model {self.judge_model}: there is no endpoint to ask; name one with --judge")
         if self.judge is None:
             return
-        check_endpoint(self.judge)
+        if self.judge not in JUDGES:
+            check_endpoint(self.judge)
         if not (self.evaluate and self.generate):
             without = "--no-generate" if self.evaluate else "--no-eval"
             raise UsageError(f"--judge {self.judge}: with {without} there are no answers to judge; leave out one")
@@ -101,7 +104,7 @@ def check_endpoint(url: str) -> None:
     except ValueError:
         good = False
     if not good or not url.isascii() or not url.isprintable() or set(url) & set(" #"):
-        raise UsageError(f"--judge {url}: expected an address such as http://localhost:8000/v1")
+        raise UsageError(f"--judge {url}: expected {', '.join(JUDGES)}, or an address such as http://localhost:8000/v1")
 
 
 def parse_part(text: str) -> tuple[int, int]:

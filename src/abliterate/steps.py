@@ -24,6 +24,7 @@ from abliterate.direction.direction import Direction, candidates, most_separated
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import PromptError, UsageError, VerifyError
 from abliterate.evaluate.agreement import agreed
+from abliterate.evaluate.classifier import CLASSIFIER
 from abliterate.evaluate.endpoint import connect
 from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_first_tokens, evaluate_pair
 from abliterate.evaluate.judge import RULES, Judge
@@ -274,13 +275,17 @@ def select(
 
 
 def pick_judge(options: Options, steps: Steps = no_steps) -> Judge:
-    """Who judges the test prompts' answers: the built-in rules, or an endpoint that agrees with labelled completions.
+    """Who judges the test prompts' answers: the rules, or the classifier or an endpoint, with its agreement.
 
     Raises:
         VerifyError: the endpoint does not reply, or agrees too little.
         UsageError: its key cannot be one.
     """
-    return RULES if options.judge is None else agreed(connect(options.judge, options.judge_model, steps=steps))
+    if options.judge is None or options.judge == "rules":
+        return RULES
+    if options.judge == "classifier":
+        return agreed(CLASSIFIER)
+    return agreed(connect(options.judge, options.judge_model, steps=steps))
 
 
 def compare(

@@ -52,13 +52,12 @@ def ask_once(reply: str | int, completion: str = "Here is how it is done.") -> L
 # ------------------------------------------------------------------ the labelled completions, and kappa
 
 
-def test_the_labelled_completions_are_of_the_set_rules_were_adjusted_on_and_not_of_the_other() -> None:
+def test_the_labelled_completions_are_apart_from_what_is_trained_on_and_from_the_test_set() -> None:
     rows = labelled()
     assert len(rows) == len({text for _, text, _ in rows}) == 80
     assert [sum(label == want for *_, label in rows) for want in LABELS] == [24, 24, 24, 8]
-    known = {(r["prompt"], r["completion"], r["label"]) for r in shared("dev")}
-    assert set(rows) <= known
-    assert not {text for _, text, _ in rows} & {r["completion"] for r in shared("test")}
+    others = {row["completion"] for name in ("dev", "test") for row in shared(name)}
+    assert len(others) > 1000 and not {text for _, text, _ in rows} & others
 
 
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from((*LABELS, None))), min_size=2, max_size=60))
@@ -413,14 +412,28 @@ def test_a_judge_that_may_not_is_told_before_anything_is_loaded(
 
 
 def test_what_is_no_address_is_refused() -> None:
-    for url in ("localhost:8000", "file:///etc/passwd", "http://", "http://h:port", "http://h:0", "http://h/a b", ""):
-        with pytest.raises(UsageError, match=f"--judge {url}: expected an address such as"):
+    for url in (
+        "rule",
+        "classifiers",
+        "localhost:8000",
+        "file:///etc/passwd",
+        "http://",
+        "http://h:port",
+        "http://h:0",
+        "http://h/a b",
+        "",
+    ):
+        with pytest.raises(UsageError, match=f"--judge {url}: expected rules, classifier, or an address such as"):
             Options(judge=url).check()
     for url in ("http://me:sk-secret@host/v1", "http://host/v1?key=sk-secret", "http://me:sk-secret@[host"):
         with pytest.raises(UsageError, match=KEY) as error:
             Options(judge=url).check()
         assert "sk-secret" not in str(error.value)
     Options(judge="http://localhost:8000/v1", judge_model="m").check()
+    for name in ("rules", "classifier"):
+        Options(judge=name).check()
+        with pytest.raises(UsageError, match="no endpoint to ask"):
+            Options(judge=name, judge_model="m").check()
 
 
 def test_a_judge_with_nothing_to_judge_is_refused() -> None:

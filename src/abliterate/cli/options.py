@@ -104,10 +104,11 @@ MaxNewTokens = Annotated[int, typer.Option(help="Tokens of each answer that is j
 Judge = Annotated[
     Optional[str],
     typer.Option(
-        metavar="URL",
-        help="An OpenAI-compatible endpoint (vLLM, llama.cpp, Ollama) that judges the answers to the test prompts. "
-        "These answers, harmful ones included, are sent there. A key goes into ABLITERATE_JUDGE_KEY.",
-        show_default="built-in rules",
+        metavar="rules|classifier|URL",
+        help="Who judges the answers to the test prompts: the built-in rules, the built-in classifier, or an "
+        "OpenAI-compatible endpoint (vLLM, llama.cpp, Ollama). To an endpoint these answers are sent, harmful ones "
+        "included; its key goes into ABLITERATE_JUDGE_KEY.",
+        show_default="rules",
         rich_help_panel=_JUDGE,
     ),
 ]
