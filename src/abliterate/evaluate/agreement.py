@@ -34,6 +34,11 @@ class Agreed:
         return f"{self.judge.name} (Cohen's kappa {self.kappa:.2f} on {self.n} labelled completions)"
 
     @property
+    def local(self) -> bool:
+        """Whether the judge is."""
+        return self.judge.local
+
+    @property
     def facts(self) -> dict[str, Any]:
         """The judge's facts, `kappa` and `n`."""
         return {**self.judge.facts, "kappa": self.kappa, "n": self.n}

@@ -32,6 +32,7 @@ class Classifier:
     """The trained judge: has a verdict on every completion, in milliseconds, and sends nothing anywhere."""
 
     name: str = "classifier of word n-grams"
+    local: bool = True
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -96,6 +96,11 @@ class Endpoint:
         return f"judge {Path(self.model).name if self.model.startswith('/') else self.model}"
 
     @property
+    def local(self) -> bool:
+        """No: every question is a request."""
+        return False
+
+    @property
     def facts(self) -> dict[str, Any]:
         """Its name and the model, as the endpoint calls it."""
         return {"name": self.name, "model": self.model}

@@ -231,7 +231,7 @@ def _ask_all(model: ChatModel, questions: Questions, label: str, progress: Steps
     """Answers to each set; only the harmless ones keep their token ids."""
     step = progress(f"{label}answers", sum(map(len, questions.sets.values())))
     budget, size, judge = questions.max_new_tokens, questions.batch_size, questions.judge
-    cuts = shorter(budget) if judge is RULES else []
+    cuts = shorter(budget) if judge.local else []
     return {
         kind: ask(model, prompts, budget, size, kind == "harmless", step, judge, cuts)
         for kind, prompts in questions.sets.items()

@@ -62,6 +62,10 @@ class Judge(Protocol):
     def facts(self) -> dict[str, Any]:
         """The same for the record, as plain values."""
 
+    @property
+    def local(self) -> bool:
+        """Whether it is asked in this process, where one question more costs nothing."""
+
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Label | None]:
         """The label of each (prompt, completion); None where there is no verdict.
 
@@ -75,6 +79,7 @@ class Rules:
     """The built-in judge: has a verdict on every completion, sends nothing anywhere."""
 
     name: str = "rule judge of opening moves"
+    local: bool = True
 
     @property
     def facts(self) -> dict[str, Any]:

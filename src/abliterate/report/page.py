@@ -116,7 +116,7 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
         section("categories", "Refusals by category", "no answers were compared, or the prompts name no categories",
                 *(measured.categories(r, kind) for kind in ("harmful", "harmless", "borderline")), measured.verdicts(r),
                 wide=False),
-        section("budgets", "Refusals by length of the answer", "no answers were judged by the built-in rules, or by an "
+        section("budgets", "Refusals by length of the answer", "the answers were judged by an endpoint, or by an "
                 "earlier version", measured.budgets(r), wide=False),
         section("cost", "How far answers moved", "nothing was measured, or by an earlier version",
                 measured.moved(r, "kl_first_token"), measured.moved(r, "kl_continuation"), wide=False),
