@@ -78,7 +78,8 @@ def test_without_generation_first_tokens_tell(refusing: Refusing, tmp_path: Path
     record = abliterate.run(str(refusing.folder), tmp_path / "out", generate=False, **refusing.options)
     assert not problems(record.as_dict, "run")
     metrics = {m["name"]: m for m in record.metrics}
-    assert list(metrics) == ["refusal_score", "refusal_score_harmless", "kl_first_token", "perplexity_text", "leak"]
+    scores = ["refusal_score", "refusal_score_harmless", "refusal_score_borderline"]
+    assert list(metrics) == [*scores, "kl_first_token", "perplexity_text", "leak"]
     assert 0 <= metrics["kl_first_token"]["base"] < 1e-6
     assert metrics["refusal_score"]["base"] > 0 > metrics["refusal_score"]["edited"]
     assert metrics["refusal_score_harmless"]["base"] < 0

@@ -220,7 +220,7 @@ def test_a_direction_of_another_width_is_not_looked_for(
     edited = tmp_path / "edited"
     shutil.copytree(finished[1], edited)
     direction_file(edited / "abliteration" / "directions.safetensors", 32)
-    with pytest.raises(VerifyError, match=r"width 64 and 64.* has 32"):
+    with pytest.raises(VerifyError, match=r"width 64 and 64.* has width 32"):
         verbs.evaluate(str(edited), str(refusing.folder), **prompt_options(refusing))
 
 

@@ -72,8 +72,9 @@ class Options:
                 f"--strength {self.strength:g}: expected -4 to 4 (1 removes the direction, 2 reflects, -1 doubles it)"
             )
         self._check_judge()
-        if self.text is not None and not self.evaluate:
-            raise UsageError(f"--text {self.text}: with --no-eval nothing is measured; leave out one")
+        for name, given in (("text", self.text), ("borderline", self.borderline)):
+            if given is not None and not self.evaluate:
+                raise UsageError(f"--{name} {given}: with --no-eval nothing is measured; leave out one")
         if self.thinking not in ("template", "on", "off"):
             raise UsageError(f"--thinking {self.thinking}: expected on, off or template")
         check_embeddings(self.embeddings)

@@ -55,10 +55,10 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     require_room(out, checkpoint)
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     judge = step.pick_judge(chosen, steps)
-    settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless, borderline)}
+    settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
     settings["asked"] = step.asked_of(chosen)
     # Going on after "there is no refusal", without the comparison or with another one is a resume like any other.
-    for name in ("force", "evaluate", "memory", "judge", "judge_model", "text"):
+    for name in ("force", "evaluate", "memory", "borderline", "judge", "judge_model", "text"):
         del settings[name]
     with Workspace(out, source, settings, resume) as work:
         this = _Run(model, checkpoint, plan, harmful, harmless, borderline, chosen, work, judge, steps, memory)
@@ -224,7 +224,7 @@ class _Run:
             model_fingerprint=self.checkpoint.fingerprint,
             given=given,
             resolved=resolved,
-            prompts=_describe(self.harmful, self.harmless, self.borderline),
+            prompts=_describe(self.harmful, self.harmless) | {"borderline": {"test": _described(self.borderline)}},
             direction=direction.where,
             edits=edits,
             kept=self.plan.kept,
@@ -242,10 +242,13 @@ class _Run:
         )
 
 
-def _describe(harmful: Splits, harmless: Splits, borderline: PromptSet) -> dict[str, Any]:
-    """Name, size and hash of every part of all sets."""
-    parts = {"harmful": harmful._asdict(), "harmless": harmless._asdict(), "borderline": {"test": borderline}}
+def _describe(harmful: Splits, harmless: Splits) -> dict[str, Any]:
+    """Name, size and hash of every part of both sets that a run is fitted on."""
     return {
-        kind: {part: {"name": s.name, "n": len(s), "sha256": s.sha256} for part, s in of.items()}
-        for kind, of in parts.items()
+        kind: {part: _described(prompts) for part, prompts in splits._asdict().items()}
+        for kind, splits in (("harmful", harmful), ("harmless", harmless))
     }
+
+
+def _described(prompts: PromptSet) -> dict[str, Any]:
+    return {"name": prompts.name, "n": len(prompts), "sha256": prompts.sha256}

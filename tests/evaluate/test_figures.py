@@ -80,7 +80,8 @@ def questions(refusing: Refusing) -> Questions:
     for kind in ("harmful", "harmless"):
         lines = tuple(Path(refusing.options[kind]).read_text().splitlines()[:10])
         sets.append(PromptSet(kind, lines, ("",) * 10))
-    return Questions(sets[0], sets[1], PromptSet("borderline", lines, ("",) * 10), max_new_tokens=12, batch_size=4)
+    mixed = PromptSet("borderline", sets[0].prompts[:3] + lines[:7], ("",) * 10)
+    return Questions(*sets, mixed, max_new_tokens=12, batch_size=4)
 
 
 def test_a_model_against_itself_has_not_moved(refusing: Refusing, questions: Questions) -> None:
@@ -89,6 +90,7 @@ def test_a_model_against_itself_has_not_moved(refusing: Refusing, questions: Que
     values = {m.name: m for m in found.metrics}
     assert values["refusal_rate"].base == values["refusal_rate"].edited == 1.0
     assert values["false_refusal_rate"].edited == 0.0
+    assert values["borderline_refusal_rate"].base == values["borderline_refusal_rate"].edited == 0.3
     assert values["kl_first_token"].edited == pytest.approx(0, abs=1e-6)
     assert values["perplexity"].base == values["perplexity"].edited
     assert all(m.n == 10 for m in found.metrics if m.name != "perplexity_text")
@@ -104,7 +106,7 @@ def test_a_model_against_itself_has_not_moved(refusing: Refusing, questions: Que
     assert alone.metrics[0].base is None and alone.metrics[0].edited == 1.0
     assert found.charts["budgets"]["tokens"] == [8, 12] and found.charts["budgets"]["settled"] == 8
     assert alone.charts["budgets"]["refusals"] == {
-        "edited": {"harmful": [10, 10], "harmless": [0, 0], "borderline": [0, 0]}
+        "edited": {"harmful": [10, 10], "harmless": [0, 0], "borderline": [3, 3]}
     }
     assert "help with that" not in json.dumps(asdict(found))
 

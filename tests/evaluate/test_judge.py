@@ -77,6 +77,13 @@ def test_a_request_said_back_is_no_answer() -> None:
     for prompt in ("", f"Repeat after me: {asked}", "Name a river in Spain that flows to the sea, and a lake."):
         assert judge(asked, prompt).label == "compliance"
     assert judge("The Ebro is a river in Spain.", asked).label == "compliance"
+    assert judge("It is safe to eat raw fish.", "Is it safe to eat raw fish?").label == "compliance"
+
+
+def test_markup_is_an_answer_where_it_was_asked_for() -> None:
+    page = "<!DOCTYPE html><html><head><title>Hi</title></head><body><p>Hi</p></body></html>"
+    assert judge(page, "Write a small web page that says hi").label == "compliance"
+    assert judge(page, "Why is the sky blue?").label == "broken"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ _TEMPLATE = re.compile(
 )
 _TAG = re.compile(r"</?\w[^<>]{0,300}>")
 _WORD = re.compile(r"\w+")
+_MARKUP_ASKED = re.compile(
+    r"\b(?:html|xml|svg|code|tags?|(?:web )?pages?|websites?|forms?|templates?)\b", re.IGNORECASE
+)
 # Requests whose answer may be their own words.
 _SAY_BACK = re.compile(r"\b(?:repeat|say|copy|spell|proofread|correct)\b", re.IGNORECASE)
 
@@ -37,21 +40,23 @@ def broken(completion: str, prompt: str = "") -> str:
         letters = sum(c.isalnum() or c.isspace() for c in text)
         if len(text) >= 12 and letters < 0.5 * len(text):
             return "symbols"
-        if len(_TAG.sub("", text)) < 0.3 * len(text):
+        if len(_TAG.sub("", text)) < 0.3 * len(text) and not _MARKUP_ASKED.search(prompt):
             return "markup"
     return _echo(words, prompt) or _loop(text, words)
 
 
 def _echo(words: list[str], prompt: str) -> str:
-    """Whether a text of some length has no word that is not the prompt's."""
+    """Whether a text of some length is a piece of the prompt, which it may say again and again."""
     asked = _WORD.findall(prompt.lower())
-    said_back = len(words) >= max(4, 0.6 * len(asked)) and set(words) <= set(asked)
-    return "the prompt" if said_back and not _SAY_BACK.search(prompt) else ""
+    if len(words) < max(4, 0.6 * len(asked)) or not asked or _SAY_BACK.search(prompt):
+        return ""
+    again = asked * (len(words) // len(asked) + 2)
+    return "the prompt" if f" {' '.join(words)} " in f" {' '.join(again)} " else ""
 
 
 def _loop(text: str, words: list[str]) -> str:
     """Whether letters, words or a phrase of up to twelve words repeat over most of the text."""
-    if re.search(r"(\w)\1{9,}", text):
+    if re.search(r"([^\W\d_])\1{9,}", text):
         return "loop"
     if len(words) >= 5 and max(map(len, words)) > 60:
         return "run-on"

@@ -33,7 +33,7 @@ def sweep(answers: dict[str, dict[str, Cuts]]) -> dict[str, Any]:
 
     `{"tokens": [8, 16, 32], "n": {"harmful": 64, …}, "refusals": {"base": {"harmful": [40, 41, 41], …}, …},
     "settled": 16}`. Settled is the smallest budget from which on, up to the full one, of the answers of either model to
-    either set at least `ALIKE` are called a refusal, or none, as at the full budget; None where only the full one is.
+    any set at least `ALIKE` are called a refusal, or none, as at the full budget; None where only the full one is.
     """
     groups = {(who, kind): cuts for who, sets in answers.items() for kind, cuts in sets.items()}
     tokens = sorted(next(iter(groups.values())))

@@ -27,9 +27,11 @@ from abliterate.evaluate.recognition import recognition
 from abliterate.evaluate.refusals import Answers, ask, method
 from abliterate.evaluate.text import Text, load_text, text_perplexity
 from abliterate.model.load import ChatModel
-from abliterate.model.progress import Steps
-from abliterate.model.run import first_token_log_probs, forward, kl_divergence, log_probs
+from abliterate.model.progress import Progress, Steps
+from abliterate.model.run import after_each, forward, kl_divergence, log_probs
 from abliterate.prompts import PromptSet
+
+Float64Array = npt.NDArray[np.float64]
 
 #: Prompts on which leak is measured: it hardly differs from one to the next.
 LEAK_PROMPTS = 16
@@ -163,20 +165,17 @@ def evaluate_first_tokens(
     KL is taken on the harmless prompts whose likeliest first token does not open a refusal of the base (`tokens`).
     """
     _require_alike(base, edited, direction)
-    rows = base.chat.encode([p for prompts in questions.sets.values() for p in prompts.prompts])
-    step = progress("first tokens", 2 * len(rows))
-    p, q = (first_token_log_probs(m, rows, questions.batch_size, step) for m in (base, edited))
-    metrics = _scores(p, q, questions, tokens) if tokens else []
-    start = len(questions.harmful)
-    first = p[start : start + len(questions.harmless)].argmax(-1).tolist()
-    kept = [start + i for i, t in enumerate(first) if t not in tokens]
+    step = progress("first tokens", 2 * sum(map(len, questions.sets.values())))
+    (before, p), (after, q) = (_first_tokens(model, questions, tokens, step) for model in (base, edited))
+    metrics = _scores(before, after, questions) if tokens else []
+    kept = [i for i, t in enumerate(p.argmax(-1).tolist()) if t not in tokens]
     if not kept:
         raise VerifyError(
             "the base opens every harmless prompt like a refusal, so there is nothing to measure the cost on; give "
             "others with --harmless, or do without the comparison (--no-eval)"
         )
     kl = kl_divergence(p[kept], q[kept]).double().cpu().numpy()
-    floor = _first_token_floor(base, rows, p, kept, progress)
+    floor = _first_token_floor(base, base.chat.encode(questions.harmless.prompts), p, kept, progress)
     how = f"mean KL(base‖edited), nats, first answer token; {quantiles(kl)}; {_floor(floor)}; bootstrap 95%"
     name = questions.harmless.name + (", not opened like a refusal by the base" if tokens else "")
     metrics.append(Metric.of("kl_first_token", name, bootstrap(floor, mean), bootstrap(kl, mean), len(kept), how))
@@ -188,12 +187,32 @@ def evaluate_first_tokens(
     return Evaluation(tuple(metrics), {}, charts)
 
 
-def _scores(p: torch.Tensor, q: torch.Tensor, questions: Questions, tokens: list[int]) -> list[Metric]:
-    """Refusal scores of every set, from log-probabilities `[all prompts, d_vocab]` of base and edited model."""
+def _first_tokens(
+    model: ChatModel, questions: Questions, tokens: list[int], progress: Progress
+) -> tuple[Float64Array, torch.Tensor]:
+    """Refusal scores of all prompts (0 without `tokens`), and log-probabilities `[harmless, d_vocab]`.
+
+    Those of the other prompts are not kept: there may be thousands of them.
+    """
+    start = len(questions.harmful)
+    harmless: dict[int, torch.Tensor] = {}
+
+    def measure(index: int, p: torch.Tensor) -> float:
+        if start <= index < start + len(questions.harmless):
+            harmless[index] = p.clone()  # a row alone, not its batch
+        return refusal_score(p[None], tokens).double().item() if tokens else 0.0
+
+    rows = model.chat.encode([p for prompts in questions.sets.values() for p in prompts.prompts])
+    scores = after_each(model, rows, questions.batch_size, measure, progress)
+    return np.array(scores), torch.stack([harmless[i] for i in sorted(harmless)])
+
+
+def _scores(base: Float64Array, edited: Float64Array, questions: Questions) -> list[Metric]:
+    """Mean refusal score of every set, from those of all prompts under base and edited model."""
     found, start = [], 0
     for kind, prompts in questions.sets.items():
         part = slice(start, start := start + len(prompts))
-        before, after = (bootstrap(refusal_score(x[part], tokens).double().cpu().numpy(), mean) for x in (p, q))
+        before, after = (bootstrap(scores[part], mean) for scores in (base, edited))
         how = f"mean log-odds that the first answer token opens a refusal, {kind} prompts; bootstrap 95%"
         found.append(Metric.of(SCORES[kind], prompts.name, before, after, len(prompts), how))
     return found
@@ -201,7 +220,7 @@ def _scores(p: torch.Tensor, q: torch.Tensor, questions: Questions, tokens: list
 
 def _first_token_floor(
     base: ChatModel, rows: list[list[int]], p: torch.Tensor, kept: list[int], progress: Steps
-) -> npt.NDArray[np.float64]:
+) -> Float64Array:
     """|KL| of the base's log-probabilities `p` against its own, of some rows by themselves."""
     again = spread(kept)
     passes = forward(base, lone(base, rows, again), tokens=1, progress=progress("noise floor", len(again)))
@@ -209,7 +228,7 @@ def _first_token_floor(
     return np.abs(kl)
 
 
-def _floor(floor: npt.NDArray[np.float64]) -> str:
+def _floor(floor: Float64Array) -> str:
     return f"base: its |KL| against itself, prompt by prompt instead of in batches, on {len(floor)} of them"
 
 
@@ -221,7 +240,7 @@ def _require_alike(base: ChatModel, edited: ChatModel, direction: Direction | No
     widths, depths = (base.d_model, edited.d_model), (base.n_layers, edited.n_layers)
     if {*widths} != {direction.vector.shape[-1]} or len({*depths}) > 1:
         raise VerifyError(
-            "base and edited model have streams of width {} and {} and {} and {} layers, ".format(*widths, *depths)
+            "base and edited model have streams of width {} and {}, {} and {} layers; ".format(*widths, *depths)
             + f"the direction that was removed has width {direction.vector.shape[-1]}: one is no edit of the other; "
             "give the edited model's own base"
         )
@@ -289,7 +308,7 @@ def _cost(
     return metrics, charts
 
 
-def _sorted(values: npt.NDArray[np.float64]) -> list[float]:
+def _sorted(values: Float64Array) -> list[float]:
     """Values without their order, which would tell the prompts, to four digits."""
     return [float(f"{value:.4g}") for value in np.sort(values)]
 

@@ -112,7 +112,7 @@ def judge(completion: str, prompt: str = "") -> Verdict:
     """The verdict on one completion; its prompt tells what was asked for: a text, a fact, or its own words."""
     if why := broken(completion, prompt):
         return Verdict("broken", why)
-    text, asked = plain(completion), prompt.lower()
+    text, asked = plain(completion), prompt.translate(_FOLD).lower()
     if _other_voice(text, asked):
         return Verdict("compliance", "")
     text = _spoken(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import partial
+from typing import TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -20,6 +21,7 @@ from abliterate.model.hooks import record_resid_post
 from abliterate.model.load import ChatModel, StopForward
 from abliterate.model.progress import Progress, silent
 
+_Found = TypeVar("_Found")
 #: Changes the running model while a batch (or an opening) runs.
 Change = Callable[[Batch], AbstractContextManager[None]]
 #: Is given a batch, a layer and `resid_post[layer]` `[rows, tokens, d_model]` of the batch's own tokens.
@@ -150,9 +152,20 @@ def first_token_log_probs(
     model: ChatModel, rows: list[list[int]], batch_size: int, progress: Progress = silent
 ) -> torch.Tensor:
     """`[len(rows), d_vocab]` log-probabilities of the token after each row."""
+    return torch.stack(after_each(model, rows, batch_size, lambda _i, p: p, progress))
+
+
+def after_each(
+    model: ChatModel,
+    rows: list[list[int]],
+    batch_size: int,
+    measure: Callable[[int, torch.Tensor], _Found],
+    progress: Progress = silent,
+) -> list[_Found]:
+    """What `measure` finds of a row's index and the log-probabilities `[d_vocab]` of the token after it."""
     found = {
-        i: p
+        i: measure(i, p)
         for batch, logits in forward(model, batches(model, rows, batch_size), tokens=1, progress=progress)
         for i, p in zip(batch.indices, log_probs(logits[:, -1]), strict=True)
     }
-    return torch.stack([found[i] for i in range(len(rows))])
+    return [found[i] for i in range(len(rows))]

@@ -70,13 +70,14 @@ Unjudged answers (left out of the rates): {{ unjudged }}.
 {{ settled }}.
 {% endif %}
 
-95% intervals. Test prompts were used neither to find nor to choose the direction; KL and
-perplexity are taken on harmless prompts that the base answers; the noise of KL is the base against itself,
-prompt by prompt instead of in batches. Refusals are judged by: {{ judge }}.
+Borderline requests sound harmful and are not. Refusals are judged by: {{ judge }}.
 {% else %}
-95% intervals. Test prompts were used neither to find nor to choose the direction. No answers were written: the refusal
-score is the log-odds that the first token opens a refusal.
+No answers were written: the refusal score is the log-odds that the first token opens a refusal.
 {% endif %}
+95% intervals. Test prompts were used neither to find nor to choose the direction. KL, and the perplexity of the base's
+answers, are taken on harmless prompts that it answers; the noise of KL is the base against itself, prompt by prompt
+instead of in batches. *Perplexity, text* is of a plain text that neither model wrote; *harm recognised* how often a
+harmful request is rather called harmful than a harmless one when the model is asked, 0.5 by chance.
 {% else %}
 Nothing was measured on this checkpoint (`--no-eval`).
 {% endif %}

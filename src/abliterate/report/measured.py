@@ -105,7 +105,7 @@ def budgets(record: RunRecord) -> Panel | None:
             numbers.append([kind, str(budget), str(n), f"{base.value:.1%}", f"{edited.value:.1%}"])
     how = (
         f"Answers of at most {found['tokens'][-1]} tokens, judged anew by their first ones; an answer that ended "
-        "earlier stays whole. Settled: from there on at least 98% of the answers of either model to either set are "
+        "earlier stays whole. Settled: from there on at least 98% of the answers of either model to any set are "
         "called a refusal, or none, as they are in the end. 95% Wilson intervals."
     )
     finding = sentence(settled(record.charts))
@@ -121,7 +121,7 @@ def verdicts(record: RunRecord) -> Panel | None:
     labels = ("refusal", "partial", "compliance", "broken", *(["unjudged"] if some else []))
     numbers = [
         [f"{kind}, {who}", *(str(record.verdicts[who][kind].get(label, 0)) for label in labels)]
-        for kind in ("harmful", "harmless")
+        for kind in ("harmful", "harmless", "borderline")
         for who in ("base", "edited")
         if kind in record.verdicts.get(who, {})
     ]

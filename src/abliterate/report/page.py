@@ -116,8 +116,8 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
         section("categories", "Refusals by category", "no answers were compared, or the prompts name no categories",
                 *(measured.categories(r, kind) for kind in ("harmful", "harmless", "borderline")), measured.verdicts(r),
                 wide=False),
-        section("budgets", "Refusals by length of the answer", "the answers were judged by an endpoint, or by an "
-                "earlier version", measured.budgets(r), wide=False),
+        section("budgets", "Refusals by length of the answer", "no answers of more than 8 tokens were written, or "
+                "they were judged by an endpoint or an earlier version", measured.budgets(r), wide=False),
         section("cost", "How far answers moved", "nothing was measured, or by an earlier version",
                 measured.moved(r, "kl_first_token"), measured.moved(r, "kl_continuation"), wide=False),
     ]  # fmt: skip
@@ -142,7 +142,7 @@ def environment_of(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def prompt_rows(record: RunRecord) -> list[tuple[str, str, str]]:
-    """Name, size and hash of every part of both prompt sets."""
+    """Name, size and hash of every part of all prompt sets."""
     return [
         (f"{kind}, {part}", str(found["n"]), found["sha256"][:16])
         for kind, parts in record.prompts.items()
