@@ -71,12 +71,13 @@ def edit(
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
-    plan = plan_edit(checkpoint, chosen.embeddings)
+    plan = plan_edit(checkpoint, chosen.embeddings).weighted(found.strengths)
     require_room(out, checkpoint)
     given = {"model": model, "direction": str(direction), "output": str(output), **options}
     settings = {
         "edit": checkpoint.fingerprint,
         "direction": sha256(found.vector.tobytes()).hexdigest(),
+        "strengths": found.strengths,
         **{name: getattr(chosen, name) for name in ("strength", "embeddings", "keep_norms", "format", "undo")},
     }
     start = time.monotonic()

@@ -97,6 +97,9 @@ def test_a_direction_survives_its_file_and_others_are_refused(tmp_path: Path) ->
     d.save(tmp_path / "d.safetensors")
     again = Direction.load(tmp_path / "d.safetensors")
     assert np.array_equal(again.vector, d.vector) and again.where == d.where
+    tuned = dataclasses.replace(d, strengths={"embed": 0.4, "3.mlp.down_proj": -0.1})
+    tuned.save(tmp_path / "tuned.safetensors")
+    assert Direction.load(tmp_path / "tuned.safetensors").strengths == tuned.strengths
     dataclasses.replace(d, vector=d.vector * 2).save(tmp_path / "long.safetensors")
     (tmp_path / "junk").write_bytes(b"junk")
     for name in ("long.safetensors", "junk", "missing"):

@@ -73,6 +73,42 @@ def test_edited_weights_compute_what_hooks_compute(
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_strength_for_every_place_is_the_same_in_hooks_and_weights(
+    family: str, tied: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    model = tiny(family, tied=tied, dtype=torch.float32)
+    checkpoint = open_checkpoint(model)
+    whole = plan_edit(checkpoint)
+    places = sorted({w.place for w in whole.writers})
+    strengths = {place: round(1.7 * ((7 * i) % len(places)) / len(places) - 0.3, 3) for i, place in enumerate(places)}
+    strengths[places[-1]] = 0.0
+    plan = whole.weighted(strengths)
+    (tmp_path / "out").mkdir()
+    records = apply_edit(checkpoint, plan, unit(), tmp_path / "out")
+    running = load_model(model, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        with ablate(running, plan.sites, torch.from_numpy(unit())):
+            hooked = running.model(IDS).logits
+        with ablate(running, whole.sites, torch.from_numpy(unit())):
+            alike = running.model(IDS).logits
+    scale = hooked.abs().max()
+    assert (logits(tmp_path / "out") - hooked).abs().max() < 1e-4 * scale
+    assert (alike - hooked).abs().max() > 1e-3 * scale
+    assert {r.tensor: r.strength for r in records} == {w.tensor: strengths[w.place] for w in plan.writers}
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    left_alone = [w.tensor for w in whole.writers if w.place == places[-1]]
+    assert left_alone and set(left_alone) == plan.kept.keys()
+    assert all(torch.equal(before[name], after[name]) for name in left_alone)
+
+
+def test_strengths_of_a_deeper_model_are_refused(tiny: Tiny) -> None:
+    plan = plan_edit(open_checkpoint(tiny("llama")))
+    with pytest.raises(VerifyError, match=r"'99\.mlp\.down_proj'.*another model"):
+        plan.weighted({"99.mlp.down_proj": 1.0})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_stream_loses_the_direction_at_every_layer(family: str, tied: bool, tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(family, tied=tied, dtype=torch.float32)
     out, records = edited(model, tmp_path / "out")

@@ -26,7 +26,8 @@ class Direction:
 
     `scale` is the norm of the orthogonal part of the difference of means; `layer` counts from 0,
     `position` is negative, from the prompt's end, and both are None where a person brought the vector; `scores`
-    holds the causal test's figures; `source` the hashes of the model and prompts it came from.
+    holds the causal test's figures; `source` the hashes of the model and prompts it came from; `strengths` those that
+    were tuned for each place that writes to the stream (`12.mlp.down_proj`), none where it is to be 1 everywhere.
     """
 
     vector: npt.NDArray[np.float32]
@@ -36,6 +37,7 @@ class Direction:
     method: str = METHOD
     scores: dict[str, float] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
+    strengths: dict[str, float] = field(default_factory=dict)
 
     @property
     def where(self) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class Direction:
         if path.suffix == ".npy":
             return _from_npy(path)
         arrays, note = load_arrays(path, KIND)
-        if arrays.keys() != {"direction"} or note.keys() != {f.name for f in fields(cls)} - {"vector"}:
+        if arrays.keys() != {"direction"} or {"strengths"} | note.keys() != {f.name for f in fields(cls)} - {"vector"}:
             raise CheckpointError(f"{path}: damaged: holds {', '.join(sorted({*arrays, *note}))}; make it again")
         vector = arrays["direction"].astype(np.float32)
         rows = np.atleast_2d(vector)

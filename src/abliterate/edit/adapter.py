@@ -54,7 +54,7 @@ def write_adapter(
         removal = removal_of(checkpoint, writer, directions, strength)
         factors, record = _right_factors(checkpoint, writer, removal)
         module, _, kind = writer.parameter.rpartition(".")
-        key, left = _PREFIX + module, (-strength * removal.basis).astype(np.float32)
+        key, left = _PREFIX + module, (-removal.strength * removal.basis).astype(np.float32)
         if kind == "bias":
             tensors[f"{key}.lora_B.bias"] = left @ factors[0][:, 0]
         elif writer.role == "embed":
@@ -101,7 +101,9 @@ def _right_factors(
     left = [f - d.T.astype(np.float64) @ d @ a for f, a in zip(found, factors, strict=True)]
     leak = float(np.sqrt(sum(np.vdot(x, x) for x in left))) * abs(removal.strength) / removed if removed else 0.0
     digest = sha256(b"".join(factor.tobytes() for factor in factors)).hexdigest()
-    record = EditRecord(writer.tensor, writer.role, writer.layer, float(np.sqrt(norm)), removed, leak, digest)
+    record = EditRecord(
+        writer.tensor, writer.role, writer.layer, float(np.sqrt(norm)), removed, leak, digest, removal.strength
+    )
     return factors, record
 
 

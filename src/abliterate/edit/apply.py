@@ -93,7 +93,7 @@ def apply_edit(
         plan: which tensors.
         directions: `[d_model]` or `[k, d_model]`; their span is removed.
         out: an existing folder.
-        strength: 1 removes, 2 reflects, below 0 adds.
+        strength: 1 removes, 2 reflects, below 0 adds; times each writer's own.
         progress: called with the number of tensors done.
         keep_norms: scale what each input writes back to the norm it had.
         undo: keep what `undo` needs to restore the base bit for bit.
@@ -159,8 +159,9 @@ def _write_files(
 def removal_of(
     checkpoint: Checkpoint, writer: ResidualWriter, directions: Float32Array, strength: float, keep_norms: bool = False
 ) -> Removal:
-    """What to take out of one writer, the norm between it and the stream considered."""
-    return Removal(orthonormal(directions, gain_of(checkpoint, writer), writer.centred), strength, keep_norms)
+    """What to take out of one writer: `strength` times its own, the norm between it and the stream considered."""
+    basis = orthonormal(directions, gain_of(checkpoint, writer), writer.centred)
+    return Removal(basis, strength * writer.strength, keep_norms)
 
 
 def _keep(target: Path, write: Callable[[str, Any], None], step: str, result: dict[str, Any]) -> None:

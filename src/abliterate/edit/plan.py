@@ -5,7 +5,8 @@ Owns the plan and its translation into run-time sites; never applies it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from abliterate.architecture.patterns import Architecture
@@ -13,6 +14,7 @@ from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.storage import matrices
 from abliterate.edit.untie import Untied
 from abliterate.edit.writers import ResidualWriter, residual_writers
+from abliterate.errors import VerifyError
 from abliterate.model.sites import WriterSite
 
 Embeddings = Literal["edit", "keep", "untie"]
@@ -45,11 +47,35 @@ class EditPlan:
     @property
     def sites(self) -> list[WriterSite]:
         """The same edit as places to hook in the running model, one for each module."""
-        sites = (WriterSite(w.layer, w.module, w.gain_parameter, w.gain_offset, w.centred) for w in self.writers)
-        found = list(dict.fromkeys(sites))
+        found = list(dict.fromkeys(_site(w, w.layer, w.module) for w in self.writers))
         # A tied head reads through the edited embedding, and so loses what that was projected against.
         tied = (w for w in self.writers if w.tied_to and self.untied is None)
-        return found + [WriterSite(None, "head", w.gain_parameter, w.gain_offset, w.centred) for w in tied]
+        return found + [_site(w, None, "head") for w in tied]
+
+    def weighted(self, strengths: Mapping[str, float]) -> EditPlan:
+        """The same plan with a strength of its own for every place; a writer whose place has none, or 0, is left alone.
+
+        No strengths at all stand for 1 everywhere.
+
+        Raises:
+            VerifyError: there is no such place in a block.
+        """
+        if not strengths:
+            return self
+        places = {w.place for w in self.writers}
+        if unknown := [name for name in strengths if name[0].isdigit() and name not in places]:
+            raise VerifyError(
+                f"the direction has a strength for '{unknown[0]}', and nothing there writes to the stream; it was tuned "
+                "on another model"
+            )
+        writers = tuple(replace(w, strength=strengths[w.place]) for w in self.writers if strengths.get(w.place))
+        kept = {w.tensor: "strength 0" for w in self.writers if not strengths.get(w.place)}
+        untied = self.untied if self.untied is not None and self.untied.embedding not in kept else None
+        return replace(self, writers=writers, kept=self.kept | kept, untied=untied)
+
+
+def _site(writer: ResidualWriter, layer: int | None, module: str) -> WriterSite:
+    return WriterSite(layer, module, writer.gain_parameter, writer.gain_offset, writer.centred, writer.strength)
 
 
 def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit", known: Architecture | None = None) -> EditPlan:

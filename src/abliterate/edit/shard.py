@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class EditRecord:
-    """What happened to one tensor: norms, the leak after the cast, the hash of its new bytes.
+    """What happened to one tensor: norms, the leak after the cast, the hash of its new bytes, the strength of it all.
 
     `leak` is what the cast left or put back along the directions, relative to what was there:
     `‖Dᵀ(stored − exact)‖ / ‖Dᵀ W‖`. At strength 1 `Dᵀ exact` is zero.
@@ -47,6 +47,7 @@ class EditRecord:
     norm_removed: float
     leak: float
     sha256: str
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class PlannedTensor:
         """What happened, from what happened to the pieces."""
         norm, removed, left = np.sqrt(np.sum(parts, axis=0)).tolist()
         w = self.writer
-        return EditRecord(w.tensor, w.role, w.layer, norm, removed, left / removed if removed else 0.0, sha256)
+        leak, strength = left / removed if removed else 0.0, self.removal.strength
+        return EditRecord(w.tensor, w.role, w.layer, norm, removed, leak, sha256, strength)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ class ResidualWriter:
     `gain` names the tensor of the normalisation between this writer and the stream, `gain_offset` what its
     formula adds to the stored gain, `centred` whether it subtracts the mean. `tied_to` names what else the tensor
     serves as. `module` and `gain_parameter` are paths within the block, or of the model outside the blocks;
-    `parameter` is the path in the model of what the tensor is loaded into.
+    `parameter` is the path in the model of what the tensor is loaded into. `strength` is this writer's own share of
+    what is removed.
     """
 
     tensor: str
@@ -38,6 +39,12 @@ class ResidualWriter:
     centred: bool = False
     tied_to: str | None = None
     parameter: str = ""
+    strength: float = 1.0
+
+    @property
+    def place(self) -> str:
+        """Layer and module, such as `12.mlp.down_proj`, or the module alone: what a tuned strength belongs to."""
+        return self.module if self.layer is None else f"{self.layer}.{self.module}"
 
 
 def residual_writers(checkpoint: Checkpoint, known: Architecture | None = None) -> list[ResidualWriter]:

@@ -45,12 +45,12 @@ def ablate(
         model: the model to hook.
         sites: where the stream is written.
         directions: `[d_model]`, or `[rows, d_model]` for a direction of its own for each row of the batch.
-        strength: 1 removes, 2 reflects.
+        strength: 1 removes, 2 reflects; times the site's own.
     """
     unit = torch.atleast_2d(directions).to(model.device, torch.float32)
     with ExitStack() as stack:
         for site in sites:
-            module, project = _module(model, site), _Projection(model, site, unit, strength)
+            module, project = _module(model, site), _Projection(model, site, unit, strength * site.strength)
             if site.module == "head":  # (W − s·W r̂ r̂ᵀ) h = W (h − s·r̂ r̂ᵀ h): the head's own input loses it
                 hook = module.register_forward_pre_hook(lambda _m, args, p=project: (p(args[0]), *args[1:]))
             else:

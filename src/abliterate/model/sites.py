@@ -15,7 +15,8 @@ class WriterSite:
     Outside the blocks `layer` is None and `module` is "embed", or "head" for an LM head that shares the
     embedding's weights and so loses the direction from what it reads; any other name is a path in the model.
     `gain` is the path (within the block, or of the model) of the gain between the output and the stream,
-    `gain_offset` what the norm's formula adds to it (1 in Gemma), `centred` whether it subtracts the mean.
+    `gain_offset` what the norm's formula adds to it (1 in Gemma), `centred` whether it subtracts the mean. `strength`
+    is this place's own share of what is removed.
     """
 
     layer: int | None
@@ -23,3 +24,4 @@ class WriterSite:
     gain: str | None = None
     gain_offset: float = 0.0
     centred: bool = False
+    strength: float = 1.0
