@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import abliterate
-from abliterate import pipeline, steps
+from abliterate import pipeline, steps, verbs
 from abliterate.checkpoint import open_checkpoint
 from abliterate.direction.direction import Direction
 from abliterate.errors import (
@@ -32,7 +33,7 @@ from abliterate.errors import (
 )
 from abliterate.report.record import RunRecord
 from tests.conftest import Refusing
-from tests.schemas import problems
+from tests.schemas import problems, valid
 
 METRICS = [
     "refusal_rate", "false_refusal_rate", "borderline_refusal_rate", "kl_first_token", "kl_continuation",
@@ -343,3 +344,17 @@ def test_a_model_of_another_layout_is_run_whole(tmp_path: Path) -> None:
     assert rate is not None and rate["base"] > 0.9 and rate["edited"] < 0.1
     assert leak is not None and leak["base"] > 0.1 and leak["edited"] < 1e-4
     assert len(record.edits) == 2 + 4 * 4 and record.tied_head is not None
+
+
+def test_an_edit_takes_the_strengths_in_its_direction_file_and_is_undone_bit_for_bit(
+    refusing: Refusing, finished: tuple[RunRecord, Path], tmp_path: Path
+) -> None:
+    whole = Direction.load(finished[1] / "abliteration" / "directions.safetensors")
+    strengths = {"embed": 0.5, "1.mlp.down_proj": 1.25, "2.self_attn.o_proj": -0.25}
+    dataclasses.replace(whole, strengths=strengths).save(tmp_path / "tuned.safetensors")
+    record = verbs.edit(str(refusing.folder), tmp_path / "tuned.safetensors", tmp_path / "out", strength=2.0)
+    assert sorted(e["strength"] for e in record.edits) == [-0.5, 1.0, 2.5]
+    assert set(record.kept.values()) == {"strength 0"} and len(record.kept) + 3 == len(finished[0].edits)
+    valid(json.dumps(record.as_dict), "run")
+    verbs.undo(str(tmp_path / "out"), tmp_path / "base")
+    assert contents(tmp_path / "base") == contents(refusing.folder)

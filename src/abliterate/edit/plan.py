@@ -65,8 +65,8 @@ class EditPlan:
         places = {w.place for w in self.writers}
         if unknown := [name for name in strengths if name[0].isdigit() and name not in places]:
             raise VerifyError(
-                f"the direction has a strength for '{unknown[0]}', and nothing there writes to the stream; it was tuned "
-                "on another model"
+                f"the direction has a strength for '{unknown[0]}', and nothing there writes to the stream: it was "
+                "tuned on another model"
             )
         writers = tuple(replace(w, strength=strengths[w.place]) for w in self.writers if strengths.get(w.place))
         kept = {w.tensor: "strength 0" for w in self.writers if not strengths.get(w.place)}

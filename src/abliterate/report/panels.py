@@ -144,7 +144,7 @@ def _by_layer(edits: list[dict[str, Any]], figure: Any) -> tuple[list[str], list
     largest: dict[tuple[str, str], float] = {}
     for e in edits:
         place = e["role"], "–" if e["layer"] is None else str(e["layer"])
-        largest[place] = max(largest.get(place, 0.0), figure(e))
+        largest[place] = max(largest.get(place, figure(e)), figure(e))
     return roles, columns, largest
 
 
@@ -152,16 +152,23 @@ def removed(record: RunRecord) -> Panel | None:
     """The strength at every layer, and what it took of each weight."""
     if not record.edits:
         return None
-    roles, columns, share = _by_layer(record.edits, lambda e: 100 * e["norm_removed"] / (e["norm_before"] or 1.0))
+    whole = record.resolved["strength"]
+
+    def strength(edit: dict[str, Any]) -> float:
+        return float(edit.get("strength", whole))  # a record of an earlier version has one for all
+
+    roles, columns, share = _by_layer(
+        record.edits, lambda e: 100 * abs(strength(e)) * e["norm_removed"] / (e["norm_before"] or 1.0)
+    )
+    *_, strengths = _by_layer(record.edits, strength)
+    used = sorted({f"{s:.3g}" for s in strengths.values()}, key=float)
+    said = f"Strength {used[0]}" if len(used) == 1 else f"Strengths from {used[0]} to {used[-1]}"
     role, layer = max(share, key=lambda place: share[place])
     where = role if layer == "–" else f"{role} of layer {layer}"
-    finding = (
-        f"Strength {record.resolved['strength']:g} at every layer with a cell; it took most from {where}: "
-        f"{share[role, layer]:.3g}% of its norm."
-    )
+    finding = f"{said} at the layers with a cell; it took most from {where}: {share[role, layer]:.3g}% of its norm."
     values = [[share.get((role, column)) for column in columns] for role in roles]
     picture = heat_map(Cells(roles, columns, values, "% of the norm"), finding)
-    numbers = [[f"{r}, {c}", f"{record.resolved['strength']:g}", f"{share[r, c]:.3g}%"] for r, c in share]
+    numbers = [[f"{r}, {c}", f"{strengths[r, c]:.3g}", f"{share[r, c]:.3g}%"] for r, c in share]
     how = "‖ΔW‖ / ‖W‖ of every edited weight, the largest where a layer has several; – stands outside the blocks."
     return Panel("removed", finding, how, ("weight, layer", "strength", "norm removed"), numbers, picture)
 
