@@ -10,13 +10,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from abliterate.errors import HubError, UnsupportedError, UsageError
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, Steps, no_steps, silent
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 #: Our own task, which needs no network.
 BUILT_IN = "abliterate_mcq"
@@ -40,6 +44,19 @@ class TaskScores:
     parts: dict[str, str]
 
 
+@cache
+def _all_tasks() -> TaskManager:
+    """lm-eval's index, which takes seconds to make: it reads thousands of files."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UnsupportedError(
+            "benchmarks are run by lm-eval, which is not installed: pip install 'abliterate[bench]'"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=str(_FOLDER))
+
+
 class Harness:
     """lm-eval with our task added to its own.
 
@@ -48,14 +65,7 @@ class Harness:
     """
 
     def __init__(self) -> None:
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError:
-            raise UnsupportedError(
-                "benchmarks are run by lm-eval, which is not installed: pip install 'abliterate[bench]'"
-            ) from None
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._tasks = TaskManager(include_path=str(_FOLDER))
+        self._tasks = _all_tasks()
 
     def check(self, tasks: list[str]) -> None:
         """Check that lm-eval knows all of these tasks and groups.
