@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from generated import write_or_check
+
 TARGET = Path(__file__).parent.parent / "docs" / "commands.md"
 VERBS = ("", "run", "collect", "select", "edit", "inspect", "undo", "compare", "eval", "bench", "report")
 INTRO = """# Commands
@@ -35,13 +37,7 @@ def reference() -> str:
 
 def main() -> None:
     """Write or check."""
-    page = reference()
-    if "--check" in sys.argv:
-        if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != page:
-            sys.exit(f"{TARGET.name} is out of date: run 'uv run python scripts/command_reference.py'")
-        print(f"{TARGET.name} is up to date")
-    else:
-        TARGET.write_text(page, encoding="utf-8")
+    write_or_check(TARGET, reference())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from generated import write_or_check
+
 from abliterate.errors import AbliterateError
 
 ROOT = Path(__file__).parent.parent
@@ -161,13 +163,7 @@ def main() -> None:
     """Write or check."""
     if {f.stem for f in SCHEMAS.glob("*.json")} != set(KINDS):
         sys.exit("scripts/json_reference.py: KINDS are not the files in src/abliterate/schemas")
-    page = reference()
-    if "--check" in sys.argv:
-        if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != page:
-            sys.exit(f"{TARGET.name} is out of date: run 'uv run python scripts/json_reference.py'")
-        print(f"{TARGET.name} is up to date")
-    else:
-        TARGET.write_text(page, encoding="utf-8")
+    write_or_check(TARGET, reference())
 
 
 if __name__ == "__main__":

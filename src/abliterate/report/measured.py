@@ -16,6 +16,8 @@ from abliterate.report.panels import Panel, sentence
 from abliterate.report.record import RunRecord
 from abliterate.report.svg import Scale, key
 
+#: The sets that are asked, in the order of reading.
+KINDS = ("harmful", "harmless", "borderline")
 BEFORE_AFTER = key([("circle", "base", "base"), ("diamond", "edited", "edited")])
 
 
@@ -121,7 +123,7 @@ def verdicts(record: RunRecord) -> Panel | None:
     labels = ("refusal", "partial", "compliance", "broken", *(["unjudged"] if some else []))
     numbers = [
         [f"{kind}, {who}", *(str(record.verdicts[who][kind].get(label, 0)) for label in labels)]
-        for kind in ("harmful", "harmless", "borderline")
+        for kind in KINDS
         for who in ("base", "edited")
         if kind in record.verdicts.get(who, {})
     ]

@@ -114,7 +114,7 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
         section("weights", "What was taken out of the weights", "nothing was edited", panels.removed(r),
                 panels.leaks(r)),
         section("categories", "Refusals by category", "no answers were compared, or the prompts name no categories",
-                *(measured.categories(r, kind) for kind in ("harmful", "harmless", "borderline")), measured.verdicts(r),
+                *(measured.categories(r, kind) for kind in measured.KINDS), measured.verdicts(r),
                 wide=False),
         section("budgets", "Refusals by length of the answer", "no answers of more than 8 tokens were written, or "
                 "they were judged by an endpoint or an earlier version", measured.budgets(r), wide=False),
