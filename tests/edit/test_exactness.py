@@ -101,6 +101,32 @@ def test_a_strength_for_every_place_is_the_same_in_hooks_and_weights(
     assert all(torch.equal(before[name], after[name]) for name in left_alone)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_directions_with_a_strength_for_every_site_are_the_same_in_hooks_and_weights(
+    family: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    model = tiny(family, tied=True, dtype=torch.float32)
+    checkpoint = open_checkpoint(model)
+    whole = plan_edit(checkpoint)
+    basis = np.linalg.qr(np.stack([unit(seed=1), unit(seed=2)]).T)[0].T.astype(np.float32)
+    strengths = {place: 0.2 + 0.1 * (i % 9) for i, place in enumerate(dict.fromkeys(whole.places))}
+    (tmp_path / "out").mkdir()
+    apply_edit(checkpoint, whole.weighted(strengths), basis, tmp_path / "out")
+    running = load_model(model, device="cpu", dtype="float32")
+    directions = torch.from_numpy(basis).requires_grad_()
+    each = torch.tensor([strengths[place] for place in whole.places], requires_grad=True)
+    with ablate(running, whole.sites, directions[None], each):
+        hooked = running.model(IDS).logits
+    with torch.no_grad(), ablate(running, whole.sites, directions[:1], each):
+        with_one = running.model(IDS).logits
+    hooked.square().mean().backward()
+    scale = hooked.detach().abs().max()
+    assert (logits(tmp_path / "out") - hooked).abs().max() < 1e-4 * scale
+    assert (with_one - hooked).abs().max() > 1e-3 * scale
+    assert directions.grad is not None and (directions.grad.norm(dim=-1) > 0).all()
+    assert each.grad is not None and (each.grad != 0).all()
+
+
 def test_strengths_of_a_deeper_model_are_refused(tiny: Tiny) -> None:
     plan = plan_edit(open_checkpoint(tiny("llama")))
     with pytest.raises(VerifyError, match=r"'99\.mlp\.down_proj'.*another model"):

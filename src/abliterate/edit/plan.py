@@ -52,6 +52,13 @@ class EditPlan:
         tied = (w for w in self.writers if w.tied_to and self.untied is None)
         return found + [_site(w, None, "head") for w in tied]
 
+    @property
+    def places(self) -> list[str]:
+        """The place of each site, by which its strength goes: a tied head has that of the embedding."""
+        tied = [w.place for w in self.writers if w.tied_to and self.untied is None]
+        outside = len(self.sites) - len(tied)
+        return [s.module if s.layer is None else f"{s.layer}.{s.module}" for s in self.sites[:outside]] + tied
+
     def weighted(self, strengths: Mapping[str, float]) -> EditPlan:
         """The same plan with a strength of its own for every place; a writer whose place has none, or 0, is left alone.
 

@@ -34,23 +34,30 @@ def record_resid_post(model: ChatModel, on_block: Callable[[int, torch.Tensor], 
 
 @contextmanager
 def ablate(
-    model: ChatModel, sites: Sequence[WriterSite], directions: torch.Tensor, strength: float = 1.0
+    model: ChatModel,
+    sites: Sequence[WriterSite],
+    directions: torch.Tensor,
+    strength: float | torch.Tensor = 1.0,
 ) -> Iterator[None]:
-    """Remove a direction from everything that writes to the residual stream, at every token.
+    """Remove directions from everything that writes to the residual stream, at every token.
 
-    `y' = y − s·d dᵀy` at each site's output, `d = normalise(g ⊙ r̂)` behind a gain `g`: the same function as
-    orthogonalised weights (Arditi et al. 2024, arXiv 2406.11717, §2.4 and appendix E).
+    `y' = y − s·Dᵀ D y` at each site's output, `D` the orthonormal basis of `g ⊙ r̂` behind a gain `g`: the same function
+    as orthogonalised weights (Arditi et al. 2024, arXiv 2406.11717, §2.4 and appendix E). Gradients reach `directions`
+    and `strength` where they ask for them.
 
     Args:
         model: the model to hook.
         sites: where the stream is written.
-        directions: `[d_model]`, or `[rows, d_model]` for a direction of its own for each row of the batch.
-        strength: 1 removes, 2 reflects; times the site's own.
+        directions: `[d_model]`, or `[rows, d_model]` for a direction of its own for each row of the batch, or
+            `[rows or 1, k, d_model]` for several orthonormal ones.
+        strength: 1 removes, 2 reflects; times the site's own. Or `[sites]`, one for each.
     """
     unit = torch.atleast_2d(directions).to(model.device, torch.float32)
+    unit = unit[:, None] if unit.ndim == 2 else unit
+    each = strength if isinstance(strength, torch.Tensor) else [strength] * len(sites)
     with ExitStack() as stack:
-        for site in sites:
-            module, project = _module(model, site), _Projection(model, site, unit, strength * site.strength)
+        for site, own in zip(sites, each, strict=True):
+            module, project = _module(model, site), _Projection(model, site, unit, own * site.strength)
             if site.module == "head":  # (W − s·W r̂ r̂ᵀ) h = W (h − s·r̂ r̂ᵀ h): the head's own input loses it
                 hook = module.register_forward_pre_hook(lambda _m, args, p=project: (p(args[0]), *args[1:]))
             else:
@@ -79,12 +86,12 @@ def add_vectors(model: ChatModel, layers: Sequence[int], vectors: torch.Tensor) 
 
 @dataclass(frozen=True)
 class _Projection:
-    """Takes a direction `[rows or 1, d_model]` out of what a site writes."""
+    """Takes directions `[rows or 1, k, d_model]` out of what a site writes."""
 
     model: ChatModel
     site: WriterSite
     unit: torch.Tensor
-    strength: float
+    strength: float | torch.Tensor
 
     def __call__(self, output: Any) -> Any:
         y, d = hidden_states(output), self._removed
@@ -92,20 +99,20 @@ class _Projection:
         # Outside the blocks two axes are [tokens, d_model], the same for all rows.
         flat = self.site.layer is not None and y.ndim == 2
         wide = (y.reshape(len(d), -1, y.shape[-1]) if flat else y).float()
-        left = (wide - (self.strength * (wide * d).sum(-1, keepdim=True)) * d).to(y.dtype)
+        left = (wide - (self.strength * (wide @ d.mT)) @ d).to(y.dtype)
         left = left.reshape(y.shape) if flat else left
         return (left, *output[1:]) if isinstance(output, tuple) else left
 
     @cached_property
     def _removed(self) -> torch.Tensor:
-        """`d` `[rows or 1, 1, d_model]`; found when the site first writes, as its gain may not be loaded before."""
+        """`D` `[rows or 1, k, d_model]`; found when the site first writes, as its gain may not be loaded before."""
         behind = self.unit
         if self.site.gain is not None:
             behind = behind * (
                 _root(self.model, self.site).get_parameter(self.site.gain).float() + self.site.gain_offset
             )
         behind = behind - behind.mean(-1, keepdim=True) if self.site.centred else behind
-        return nn.functional.normalize(behind, dim=-1)[:, None, :]
+        return nn.functional.normalize(behind, dim=-1) if behind.shape[1] == 1 else torch.linalg.qr(behind.mT)[0].mT
 
 
 def _root(model: ChatModel, site: WriterSite) -> nn.Module:
