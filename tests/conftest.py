@@ -45,13 +45,14 @@ class Refusing:
         root = self.folder.parent
         return {
             "harmful": str(root / "harmful.txt"), "harmless": str(root / "harmless.txt"),
-            "layer": 2, "position": -1, "device": "cpu", "dtype": "float32",
+            "layer": 2, "position": -1, "device": "cpu", "dtype": "float32", "tune": False,
         }  # fmt: skip
 
     @property
     def arguments(self) -> list[str]:
         """The same options for the command line."""
-        return [word for name, value in self.options.items() for word in (f"--{name}", str(value))]
+        given = {name: value for name, value in self.options.items() if name != "tune"}
+        return [word for name, value in given.items() for word in (f"--{name}", str(value))] + ["--no-tune"]
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +65,17 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Refusing:
 
 @pytest.fixture(scope="session")
 def finished(refusing: Refusing, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
-    """The record and the folder of a whole run on the refusing model."""
+    """The record and the folder of a whole run on the refusing model, at strength 1 everywhere."""
     import abliterate
 
     out = tmp_path_factory.mktemp("finished") / "out"
     return abliterate.run(str(refusing.folder), out, **refusing.options), out
+
+
+@pytest.fixture(scope="session")
+def tuned(refusing: Refusing, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Path]:
+    """The record and the folder of a whole run on the refusing model, its strengths tuned."""
+    import abliterate
+
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    return abliterate.run(str(refusing.folder), out, **(refusing.options | {"tune": True})), out

@@ -172,3 +172,8 @@ def _by_first_tokens(
 def contrast(observed: Observation, harmful: Splits, harmless: Splits) -> tuple[PromptSet, PromptSet]:
     """The train prompts that the means are taken over: declined harmful ones, answered harmless ones."""
     return harmful.train.take(observed.harmful_train), harmless.train.take(observed.harmless_train)
+
+
+def declined(model: ChatModel, prompts: PromptSet, batch_size: int) -> list[int]:
+    """Indices of the prompts that the model declines, as it runs now, judged as the base's answers were."""
+    return ask(model, prompts, OPENING_TOKENS, batch_size).refused

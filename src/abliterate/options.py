@@ -31,6 +31,8 @@ class Options:
     position: int | None = None
     strength: float = 1.0
     max_kl: float = 0.2
+    tune: bool | None = None
+    target_refusals: float | None = None
     embeddings: Literal["edit", "keep", "untie"] = "edit"
     keep_norms: bool = False
     format: Literal["checkpoint", "adapter"] = "checkpoint"
@@ -71,6 +73,7 @@ class Options:
             raise UsageError(
                 f"--strength {self.strength:g}: expected -4 to 4 (1 removes the direction, 2 reflects, -1 doubles it)"
             )
+        self._check_tuning()
         self._check_judge()
         for name, given in (("text", self.text), ("borderline", self.borderline)):
             if given is not None and not self.evaluate:
@@ -82,6 +85,25 @@ class Options:
             raise UsageError(f"--format {self.format}: expected checkpoint or adapter")
         if self.format == "adapter" and self.keep_norms:
             raise UsageError("--format adapter: an edit that keeps norms is of full rank and fits none; leave out one")
+
+    @property
+    def why_not_tuned(self) -> str | None:
+        """Why strengths are not tuned, by the options alone; None where nothing speaks against it."""
+        if self.tune is False:
+            return "--no-tune"
+        if self.strength != 1:
+            return f"--strength {self.strength:g}"
+        if self.keep_norms:
+            return "--keep-norms"
+        return None if self.generate else "--no-generate"
+
+    def _check_tuning(self) -> None:
+        if self.target_refusals is not None and not 0 <= self.target_refusals < 1:
+            raise UsageError(f"--target-refusals {self.target_refusals:g}: expected a share, such as 0.05")
+        why_not = self.why_not_tuned
+        asked = "--tune" if self.tune else "--target-refusals" if self.target_refusals is not None else None
+        if why_not is not None and asked is not None:
+            raise UsageError(f"{asked}: with {why_not} no strengths are tuned; leave out one")
 
     def _check_judge(self) -> None:
         if self.judge_model is not None and self.judge in (None, *JUDGES):

@@ -16,6 +16,7 @@ from abliterate.activations.stats import ActivationStats
 from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
 from abliterate.direction.direction import Direction
+from abliterate.direction.front import Point, pick
 from abliterate.direction.profile import profile
 from abliterate.edit.plan import EditPlan, plan_edit
 from abliterate.errors import AbliterateError
@@ -58,7 +59,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
     settings["asked"] = step.asked_of(chosen)
     # Going on after "there is no refusal", without the comparison or with another one is a resume like any other.
-    for name in ("force", "evaluate", "memory", "borderline", "judge", "judge_model", "text"):
+    for name in ("force", "evaluate", "memory", "borderline", "judge", "judge_model", "text", "target_refusals"):
         del settings[name]
     with Workspace(out, source, settings, resume) as work:
         this = _Run(model, checkpoint, plan, harmful, harmless, borderline, chosen, work, judge, steps, memory)
@@ -154,7 +155,7 @@ class _Run:
         self, observed: Observation, stats: tuple[ActivationStats, ActivationStats]
     ) -> tuple[Direction, dict[str, Any]]:
         """Step 2: the direction; what the finalists scored, and tables of all candidates."""
-        path = self.work.records / "directions.safetensors"
+        path = self.work.steps / "selected.safetensors"
 
         def compute() -> dict[str, Any]:
             choice = step.select(
@@ -168,6 +169,40 @@ class _Run:
         if not isinstance(found, dict) or found.keys() != {"finalists", "charts"}:
             raise self.work.damaged("select.json")
         return Direction.load(path), found
+
+    def tune(
+        self, observed: Observation, stats: tuple[ActivationStats, ActivationStats], chosen: Direction
+    ) -> tuple[Direction, dict[str, Any]]:
+        """The direction with strengths of its own for every place, picked from the front, and the front's figures.
+
+        The direction as it was, and the reason, where nothing is tuned.
+        """
+
+        def compute() -> dict[str, Any]:
+            if why_not := step.why_not_tuned(self.base, observed, self.options):
+                return {"why_not": why_not, "points": []}
+            found = step.tune(
+                self.base, self.plan, chosen, stats, observed, self.harmful, self.harmless, self.options, self.steps
+            )
+            for i, point in enumerate(found):
+                point.direction.save(self.work.steps / f"tuned-{i}.safetensors")
+            return {"why_not": None, "points": [point.figures for point in found]}
+
+        found = self.step("tune", compute)
+        if not isinstance(found, dict) or found.keys() != {"why_not", "points"}:
+            raise self.work.damaged("tune.json")
+        direction, picked, rule = chosen, None, None
+        if found["points"]:
+            each = [
+                Point(Direction.load(self.work.steps / f"tuned-{i}.safetensors"), **figures)
+                for i, figures in enumerate(found["points"])
+            ]
+            point, rule = pick(
+                each, each[0], len(observed.harmful_validation), self.options.max_kl, self.options.target_refusals
+            )
+            direction, picked = point.direction, each.index(point)
+        direction.save(self.work.records / "directions.safetensors")
+        return direction, found | {"picked": picked, "rule": rule, "base_refused": len(observed.harmful_validation)}
 
     def edit(self, direction: Direction) -> list[dict[str, Any]]:
         """Steps 3 and 4."""
@@ -209,7 +244,10 @@ class _Run:
     def record(self, given: dict[str, Any]) -> RunRecord:
         """All steps in order, and their record."""
         observed = self.observe()
-        direction, choice = self.select(observed, self.collect(observed))
+        stats = self.collect(observed)
+        chosen, choice = self.select(observed, stats)
+        direction, tuned = self.tune(observed, stats, chosen)
+        self.plan = self.plan.weighted(direction.strengths)
         edits = self.edit(direction)
         evaluation = self.evaluate(direction, observed.tokens)
         device = pick_device(self.options.device)
@@ -237,6 +275,7 @@ class _Run:
             seconds=self.seconds,
             peak_memory_bytes=peak_memory(),
             finalists=choice["finalists"],
+            front=tuned,
             charts=choice["charts"] | evaluation["charts"],
             base_card=base_card(self.checkpoint.path),
         )

@@ -19,8 +19,12 @@ from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction import choose as choosing
+from abliterate.direction import tune as tuning
+from abliterate.direction.answers import Answered, answered
 from abliterate.direction.choose import Choice
 from abliterate.direction.direction import Direction, candidates, most_separated
+from abliterate.direction.front import Point
+from abliterate.direction.tune import Task
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import PromptError, UsageError, VerifyError
 from abliterate.evaluate.agreement import agreed
@@ -43,6 +47,8 @@ logger = logging.getLogger("abliterate")
 
 #: Validation prompts in the causal test, of each kind.
 TRIAL_PROMPTS = 32
+#: Tokens of the base's refusals and answers that strengths are tuned along.
+REFUSAL_TOKENS, ANSWER_TOKENS = 8, 24
 
 
 def prompt_splits(options: Options) -> tuple[Splits, Splits]:
@@ -271,7 +277,51 @@ def select(
     )
     if len(found) == 1:
         return Choice(choosing.measure(trial, found[0]), [], [])
-    return choosing.choose(trial, found, options.max_kl, steps)
+    # Tuned, an edit costs less than at full strength: the bound is for the result.
+    bound = options.max_kl if options.why_not_tuned else max(options.max_kl, Options().max_kl)
+    return choosing.choose(trial, found, bound, steps)
+
+
+def why_not_tuned(model: ChatModel, observed: Observation, options: Options) -> str | None:
+    """Why strengths cannot be tuned; None where they can."""
+    if model.weights is not None:
+        return "the model runs block by block"
+    return options.why_not_tuned or (None if observed.tokens else "no refusals were seen")
+
+
+def tune(
+    model: ChatModel,
+    plan: EditPlan,
+    chosen: Direction,
+    stats: tuple[ActivationStats, ActivationStats],
+    observed: Observation,
+    harmful: Splits,
+    harmless: Splits,
+    options: Options,
+    steps: Steps = no_steps,
+) -> list[Point]:
+    """Strengths and direction by gradient on train prompts: what was passed, measured on validation prompts.
+
+    The first point is `chosen` at strength 1 everywhere.
+    """
+    lose, keep = observing.contrast(observed, harmful, harmless)
+    kept = harmless.validation.take(observed.harmless_validation)
+    step = steps("reading answers", len(lose) + len(keep) + len(kept))
+
+    def said(prompts: PromptSet, tokens: int, distributions: bool = True) -> Answered:
+        rows = model.chat.encode(prompts.prompts)
+        return answered(model, rows, tokens, options.batch_size, step, distributions=distributions)
+
+    task = Task(
+        model, plan.sites, plan.places, observed.tokens,
+        lose=said(lose, REFUSAL_TOKENS, distributions=False), keep=said(keep, ANSWER_TOKENS),
+        declined=model.chat.encode(harmful.validation.take(observed.harmful_validation).prompts),
+        kept=said(kept, ANSWER_TOKENS),
+        count=lambda: len(observing.declined(model, harmful.validation, options.batch_size)),
+        asked=len(harmful.validation), batch_size=options.batch_size,
+    )  # fmt: skip
+    spanning = candidates(*stats, last_layer=depth(model.n_layers, options))
+    return tuning.tune(task, chosen, spanning, seed=options.seed, steps=steps)
 
 
 def pick_judge(options: Options, steps: Steps = no_steps) -> Judge:

@@ -185,7 +185,7 @@ def select(
         AbliterateError: as its kinds say; UsageError where the activations are of another model.
     """
     collected, out = Collected.load(Path(activations)), Path(output).expanduser()
-    chosen = Options(**(options | collected.options))
+    chosen = Options(**(options | collected.options), tune=False)
     chosen.check()
     harmful, harmless = step.prompt_splits(chosen)
     source = find_model(model)

@@ -164,6 +164,25 @@ Position = Annotated[
     Optional[int],
     typer.Option(help="Take it at this token (-1: the prompt's last).", show_default="by causal test"),
 ]
-MaxKl = Annotated[float, typer.Option(help="Most KL on harmless prompts a direction may cost, in nats.")]
+MaxKl = Annotated[
+    float, typer.Option(help="Most KL(base‖edited) at the first token of harmless prompts that an edit may cost, nats.")
+]
+Tune = Annotated[
+    Optional[bool],
+    typer.Option(
+        "--tune/--no-tune",
+        help="Find strengths for every place that writes, and turn the direction, by gradient; without it strength 1 "
+        "everywhere.",
+        show_default="tune, where the model runs whole",
+    ),
+]
+TargetRefusals = Annotated[
+    Optional[float],
+    typer.Option(
+        metavar="SHARE",
+        help="Of the tuned edits take the cheapest that leaves at most this share of refusals, such as 0.05.",
+        show_default="the knee",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Go on although the model refuses almost nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.", rich_help_panel=_OUTPUT)]

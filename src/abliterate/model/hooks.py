@@ -58,6 +58,9 @@ def ablate(
     with ExitStack() as stack:
         for site, own in zip(sites, each, strict=True):
             module, project = _module(model, site), _Projection(model, site, unit, own * site.strength)
+            # Block by block a gain may not be loaded before its site first writes; else no block that is run again on
+            # the way back should find this anew.
+            _ = project.removed if model.weights is None else None
             if site.module == "head":  # (W − s·W r̂ r̂ᵀ) h = W (h − s·r̂ r̂ᵀ h): the head's own input loses it
                 hook = module.register_forward_pre_hook(lambda _m, args, p=project: (p(args[0]), *args[1:]))
             else:
@@ -94,7 +97,7 @@ class _Projection:
     strength: float | torch.Tensor
 
     def __call__(self, output: Any) -> Any:
-        y, d = hidden_states(output), self._removed
+        y, d = hidden_states(output), self.removed
         # Mixtures of experts write [rows x tokens, d_model]: a view by rows gives each its own direction.
         # Outside the blocks two axes are [tokens, d_model], the same for all rows.
         flat = self.site.layer is not None and y.ndim == 2
@@ -104,8 +107,8 @@ class _Projection:
         return (left, *output[1:]) if isinstance(output, tuple) else left
 
     @cached_property
-    def _removed(self) -> torch.Tensor:
-        """`D` `[rows or 1, k, d_model]`; found when the site first writes, as its gain may not be loaded before."""
+    def removed(self) -> torch.Tensor:
+        """`D` `[rows or 1, k, d_model]`, found once."""
         behind = self.unit
         if self.site.gain is not None:
             behind = behind * (

@@ -6,7 +6,7 @@ import json
 
 from jinja2 import Environment, StrictUndefined
 
-from abliterate.report.figures import COLUMNS, counted, judged_by, rows, settled, unjudged
+from abliterate.report.figures import COLUMNS, counted, judged_by, rows, settled, strengths, unjudged
 from abliterate.report.record import RunRecord
 
 #: Fields of the base's own card that hold for what is made of it.
@@ -37,10 +37,10 @@ It is meant to decline fewer requests than its base, including harmful ones.
 Use it for research, with safeguards of your own.
 
 {% if r.direction.layer is none %}
-- direction: {{ r.direction.method }}, strength {{ r.resolved.strength }}
+- direction: {{ r.direction.method }}, {{ strengths }}
 {% else %}
 - direction: difference of means at layer {{ r.direction.layer }}, position {{ r.direction.position }},
-  strength {{ r.resolved.strength }}
+  {{ "turned by gradient, " if r.tuned }}{{ strengths }}
 {% endif %}
 {% if adapter %}
 - a LoRA adapter that changes {{ r.edits|length }} tensors of the base; merge it to have the edited weights
@@ -96,8 +96,8 @@ def model_card(record: RunRecord, name: str) -> str:
     base = f"[{record.model}](https://huggingface.co/{hub})" if hub else f"`{record.model}`"
     rate = record.metric("refusal_rate")
     return environment.from_string(_CARD).render(
-        r=record, name=name, table=table, leak=worst, hub=hub, base=base, broken=counted(record.verdicts, "broken"),
-        unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
+        r=record, name=name, table=table, strengths=strengths(record), leak=worst, hub=hub, base=base,
+        broken=counted(record.verdicts, "broken"), unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
         settled=settled(record.charts).capitalize(), adapter=record.resolved["format"] == "adapter",
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
         carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},

@@ -216,6 +216,40 @@ def dots(series: Sequence[Dots], columns: Sequence[str], label: str, height: int
     return plot(label, height + 26, *inside, left=48)
 
 
+@dataclass(frozen=True)
+class Spot:
+    """A point with the interval of its height, what it is called beside it, and what it is."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    name: str
+    said: str
+    shape: str = "circle"
+    kind: str = "ink"
+
+
+def scatter(spots: Sequence[Spot], label: str, across: str, form: str, height: int = 220) -> Markup:
+    """Points over two scales from nought, each with a whisker; `across` says what lies along the bottom, `form` writes
+    heights.
+    """
+    wide, up = Scale.over([s.x for s in spots], zero=True), Scale.over([s.high for s in spots], zero=True)
+    inside = left(up, height, form)
+    inside.append(tag("line", x1=0, x2="100%", y1=height, y2=height, class_="axis"))
+    for s in spots:
+        x = percent(wide.share(s.x))
+        low, y, high = (f"{height * (1 - up.share(v)):.1f}" for v in (s.low, s.y, s.high))
+        inside.append(tag("line", x1=x, x2=x, y1=low, y2=high, class_=f"whisker {s.kind}"))
+        inside.append(mark(s.shape, s.kind, x, y, s.said))
+        side = "end" if wide.share(s.x) > 0.7 else ""
+        inside.append(tag("text", s.name, x=x, dx=-9 if side else 9, y=y, dy=-4, class_=f"name {side}"))
+    for tick in wide.ticks:
+        inside.append(tag("text", plain(tick), x=percent(wide.share(tick)), y=height + 17, class_="tick middle"))
+    inside.append(tag("text", across, x="100%", y=height + 34, class_="tick end"))
+    return plot(label, height + 40, *inside, left=48)
+
+
 def histogram(values: Sequence[float], scale: Scale, label: str, marks: Sequence[tuple[str, float]] = ()) -> Markup:
     """Counts in bins of equal width on the given scale, with values marked by name above them."""
     known, bins, height = [v for v in values if math.isfinite(v)], 24, 110

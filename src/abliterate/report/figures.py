@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from abliterate.report.record import RunRecord
+
 LABELS = {
     "refusal_rate": "refusals",
     "false_refusal_rate": "false refusals",
@@ -110,3 +112,27 @@ def broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:
         f"KL {scores['kl']:.3f} is above --max-kl {max_kl:g}": scores["kl"] <= max_kl,
     }
     return [what for what, kept in bounds.items() if not kept]
+
+
+def strengths(record: RunRecord) -> str:
+    """The strength of an edit, or from which to which."""
+    if not record.tuned:
+        return f"strength {record.resolved['strength']:g}"
+    each = [e["strength"] for e in record.edits]
+    return f"strengths {min(each, default=0):.2f} to {max(each, default=0):.2f}".replace("-", "−")
+
+
+def tuning(front: dict[str, Any]) -> str | None:
+    """Which point of the front an edit is, beside strength 1 everywhere; None where there is no front."""
+    if not front.get("points"):
+        return None
+    plain, chosen = front["points"][0], front["points"][front["picked"]]
+    what = "the knee" if front["rule"] == "knee" else "the cheapest within the target"
+    return (
+        f"{what} of {len(front['points'])} edits: {_point(chosen)}; strength 1 everywhere: {_point(plain)}; on "
+        f"validation prompts, of which the base declines {front['base_refused']}"
+    )
+
+
+def _point(p: dict[str, Any]) -> str:
+    return f"{p['refused']} of {p['asked']} declined, KL {p['kl']:.3f} first, {p['kl_along']:.3f} along"

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from abliterate.report import measured, panels
 from abliterate.report.command import command
-from abliterate.report.figures import broken_bounds, counted, judged_by, unjudged
+from abliterate.report.figures import broken_bounds, counted, judged_by, strengths, unjudged
 from abliterate.report.layers import single_prompts
 from abliterate.report.panels import Panel
 from abliterate.report.record import RunRecord
@@ -71,7 +71,7 @@ def lead(record: RunRecord) -> str:
     verb = (
         "is taken out by a LoRA adapter for" if record.resolved.get("format") == "adapter" else "was projected out of"
     )
-    done = f"{found} {verb} {len(record.edits)} tensors of {model} at strength {record.resolved['strength']:g}"
+    done = f"{found} {verb} {len(record.edits)} tensors of {model} at {strengths(record)}"
     for metric, called in (
         ("refusal_rate", "refusals of {} harmful test prompts went from {:.1%} to {:.1%}"),
         ("refusal_score", "the refusal score of {} harmful test prompts went from {:.2f} to {:.2f}"),
@@ -85,7 +85,7 @@ def lead(record: RunRecord) -> str:
 def warnings(record: RunRecord) -> list[str]:
     """What a reader must know before trusting the figures."""
     found = []
-    if record.direction and (failed := broken_bounds(record.direction["scores"], record.resolved["max_kl"])):
+    if record.direction and (failed := broken_bounds(record.direction["scores"], record.test_max_kl)):
         found.append(f"The direction fails the causal test: {'; '.join(failed)}.")
     if record.direction_from_elsewhere:
         found.append("The direction was found on another checkpoint than the one that was edited.")
@@ -110,6 +110,7 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
         section("result", "Before and after", "nothing was measured", measured.before_after(r)),
         section("direction", "Where the direction was found", earlier, panels.separation(r), panels.fall(r),
                 panels.finalists(r)),
+        section("front", "What tuning passed", r.front.get("why_not") or earlier, panels.front(r)),
         section("along", "Both sets along the direction", earlier, panels.projected(r), single_prompts(r)),
         section("weights", "What was taken out of the weights", "nothing was edited", panels.removed(r),
                 panels.leaks(r)),

@@ -11,7 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from abliterate.report.charts import Band, Cells, Dots, bands, dots, heat_map
+from abliterate.evaluate.intervals import wilson
+from abliterate.report.charts import Band, Cells, Dots, Spot, bands, dots, heat_map, scatter
 from abliterate.report.record import RunRecord
 from abliterate.report.svg import SHAPES, key, number
 
@@ -97,12 +98,52 @@ def finalists(record: RunRecord) -> Panel | None:
         for f in record.finalists
     ]
     columns = ("layer, position", "base", "ablated", "base, harmless", "added", "rise at least", "KL")
+    bound = "" if record.tuned else f"; KL may be {record.resolved['max_kl']:g} nats at most"
     how = (
-        "Mean refusal scores on validation prompts. Ablated on harmful prompts the score must fall; added on harmless "
-        f"ones it must rise (less 1.96 standard errors, above 0); KL may be {record.resolved['max_kl']:g} nats at most."
-        " Tested from the lowest ablated score on, until one passes."
+        "Mean refusal scores on validation prompts, at strength 1. Ablated on harmful prompts the score must fall; "
+        f"added on harmless ones it must rise (less 1.96 standard errors, above 0){bound}. Tested from the lowest "
+        "ablated score on, until one passes."
     )
     return Panel("finalists", f"{len(numbers)} candidates met all validation prompts.", how, columns, numbers)
+
+
+def front(record: RunRecord) -> Panel | None:
+    """What tuning passed: refusals left against what answers moved."""
+    points = record.front.get("points")
+    if not points:
+        return None
+    spots, numbers = [], []
+    for i, p in enumerate(points):
+        left = wilson(p["refused"], p["asked"])
+        name = "strength 1" if p["rate"] is None else f"rate {p['rate']:g}"
+        chosen = i == record.front["picked"]
+        figures = f"{p['refused']} of {p['asked']} declined, KL {p['kl_along']:.4f} along, {p['kl']:.4f} first"
+        shape, kind = ("diamond", "edited") if chosen else ("circle", "base")
+        y, low, high = (100 * v for v in (left.value, left.low, left.high))
+        word = f"{name}, picked" if chosen else name
+        spots.append(Spot(p["kl_along"], y, low, high, word, f"{name}: {figures}", shape, kind))
+        said = f"{left.value:.1%} [{100 * left.low:.0f}, {100 * left.high:.0f}]"
+        numbers.append([word, str(p["steps"]), said, number(p["score"]), f"{p['kl']:.4f}", f"{p['kl_along']:.4f}"])
+    plain, best = points[0], points[record.front["picked"]]
+    finding = (
+        f"The edit that was picked leaves {best['refused']} of {best['asked']} refusals at KL {best['kl_along']:.4f} "
+        f"along the answer; strength 1 everywhere leaves {plain['refused']} at {plain['kl_along']:.4f}."
+    )
+    how = (
+        "Share of the harmful validation prompts still declined (upwards, 95% Wilson intervals) against KL(base‖edited)"
+        " along the base's own answers to the harmless ones that it answers. A rate is what a nat of KL was worth in "
+        f"refusal log-odds while strengths were tuned. Picked: {_RULES[record.front['rule']]}."
+    )
+    columns = ("edit", "steps", "declined", "refusal score", "KL, first token", "KL, along")
+    picture = scatter(spots, finding, "KL along the answer, nats", "{:g}%")
+    return Panel("front", finding, how, columns, numbers, picture)
+
+
+_RULES = {
+    "knee": "the knee, where the share of the base's refusals that are left and the share of the cost of strength 1 "
+    "everywhere add up to least",
+    "target": "the cheapest that leaves at most --target-refusals",
+}
 
 
 def projected(record: RunRecord) -> Panel | None:

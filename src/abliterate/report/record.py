@@ -6,6 +6,7 @@ Owns `run.json`; never computes a figure.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -27,9 +28,10 @@ class RunRecord:
     `hub_id` is the base's name on the hub, if that is where it came from; `metrics` is a list of
     `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
     edited tensor with its leak after the cast; `tied_head` says what became of an LM head that shares the
-    embedding's weights; `judge` who judged the answers; `seconds` wall time for each step; `charts` is what only the
-    page shows: tables of candidates by layer and position, projections by layer (means of the train prompts, and
-    `along`, histograms of the test prompts), counts by category, KL by prompt;
+    embedding's weights; `front` holds the points of the tuning on validation prompts, which was picked and by what
+    rule, or why nothing was tuned; `judge` who judged the answers; `seconds` wall time for each step; `charts` is what
+    only the page shows: tables of candidates by layer and position, projections by layer (means of the train prompts,
+    and `along`, histograms of the test prompts), counts by category, KL by prompt;
     `base_card` what the base's own card says of licence, language and task. Either may be empty.
     """
 
@@ -51,6 +53,7 @@ class RunRecord:
     observed: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     finalists: list[dict[str, Any]] = field(default_factory=list)
+    front: dict[str, Any] = field(default_factory=dict)
     charts: dict[str, Any] = field(default_factory=dict)
     base_card: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -64,6 +67,16 @@ class RunRecord:
     def metric(self, name: str) -> dict[str, Any] | None:
         """The metric of that name, or None where it was not taken."""
         return next((m for m in self.metrics if m["name"] == name), None)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether every place has a strength of its own."""
+        return bool(self.direction.get("strengths"))
+
+    @property
+    def test_max_kl(self) -> float:
+        """The bound on KL in the causal test; where strengths are tuned, the result has one instead."""
+        return math.inf if self.tuned else float(self.resolved["max_kl"])
 
     @property
     def direction_from_elsewhere(self) -> bool:

@@ -7,7 +7,17 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from abliterate.report.figures import COLUMNS, broken_bounds, counted, judged_by, rows, settled, unjudged
+from abliterate.report.figures import (
+    COLUMNS,
+    broken_bounds,
+    counted,
+    judged_by,
+    rows,
+    settled,
+    strengths,
+    tuning,
+    unjudged,
+)
 from abliterate.report.layout import print_table, say
 from abliterate.report.record import RunRecord
 
@@ -58,10 +68,12 @@ def print_direction(console: Console, direction: dict[str, Any], max_kl: float) 
 
 def print_run(console: Console, record: RunRecord, output: str) -> None:
     """What a finished run has to say: the direction, the edit, the table, where things are."""
-    print_direction(console, record.direction, record.resolved["max_kl"])
+    print_direction(console, record.direction, record.test_max_kl)
     if record.direction_from_elsewhere:
         say(console, Text.assemble(("found on another checkpoint", "yellow"), " than the one that was edited"))
-    strength = f"{len(record.edits)} tensors, strength {record.resolved['strength']:g}"
+    if tuned := tuning(record.front):
+        say(console, Text.assemble(("tuned", "bold"), f" {tuned}"))
+    strength = f"{len(record.edits)} tensors, {strengths(record)}"
     if record.resolved["format"] == "adapter":
         say(console, Text.assemble(("adapter", "bold"), f" for {strength}; the base is as it was"))
     else:

@@ -1,0 +1,244 @@
+"""Strengths for every place that writes, and the direction itself, by gradient through the frozen model.
+
+Owns the objective, the descent and the points it passes; never judges text (it is told how to count refusals) and never
+sees test prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from abliterate.direction.answers import Answered, along, divergence_along
+from abliterate.direction.direction import Direction
+from abliterate.direction.front import Point
+from abliterate.direction.refusal_score import refusal_score
+from abliterate.model.batches import batches
+from abliterate.model.gradient import backward, tokens_at_once
+from abliterate.model.hooks import ablate
+from abliterate.model.load import ChatModel
+from abliterate.model.progress import Steps, no_steps
+from abliterate.model.run import forward, log_probs
+from abliterate.model.sites import WriterSite
+
+#: Strengths below this are none: their tensors stay as they are, byte for byte.
+LEAST_STRENGTH = 0.02
+METHOD = "difference of means, then strengths and direction by gradient"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to descend: so many `steps` for each of the `rates`, what a nat of KL is worth in refusal log-odds.
+
+    From `start`, where little is lost, falling rates follow the front towards fewer refusals. `first` is the weight of
+    the first token's KL beside the mean along the answer, `opening` that of a refusal's later tokens; refusal log-odds
+    below minus `margin` gain little; `pull` is what strengths cost by themselves; coordinates of the direction move at
+    `turning` times the rate of strengths, within so many axes as `span`. What else was tried: docs/method.md.
+    """
+
+    rates: tuple[float, ...] = (40.0, 20.0, 10.0)
+    steps: int = 6
+    batch: int = 16
+    learning_rate: float = 0.07
+    turning: float = 0.2
+    first: float = 1.0
+    opening: float = 0.3
+    margin: float = 3.0
+    pull: float = 0.02
+    start: float = 0.3
+    span: int = 24
+
+
+RECIPE = Recipe()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to go and what is to stay: the model, where it writes, prompts with the base's own answers.
+
+    `lose` are answers that decline, `keep` those whose distributions are to stay as they are; `declined` (prompts
+    alone) and `kept` are the same of the validation prompts. `count` says how many of `asked` validation prompts the
+    model declines, hooked as it is when called.
+    """
+
+    model: ChatModel
+    sites: Sequence[WriterSite]
+    places: Sequence[str]
+    tokens: list[int]
+    lose: Answered
+    keep: Answered
+    declined: list[list[int]]
+    kept: Answered
+    count: Callable[[], int]
+    asked: int
+    batch_size: int
+
+
+def tune(
+    task: Task,
+    chosen: Direction,
+    candidates: Sequence[Direction],
+    recipe: Recipe = RECIPE,
+    seed: int = 0,
+    steps: Steps = no_steps,
+) -> list[Point]:
+    """The points passed on a descent from `chosen`, measured on validation prompts; the first is `chosen` as it is.
+
+    Minimises, by Adam over a strength `s` for every place and coordinates of the direction in the span of `candidates`,
+
+        mean_lose [softplus(score + margin) + opening · mean softplus(log-odds of the refusal's later tokens)]
+        + rate · mean_keep [mean_t KL_t(base‖edited) + first · KL_0(base‖edited)] + pull · mean |s|
+
+    with the base's own refusals and answers forced. Arditi et al. 2024 (arXiv 2406.11717) give the score; Wollschläger
+    et al. 2025 (arXiv 2502.17420) descend on one direction at strength 1.
+    """
+    search = _Search(task, chosen, candidates, recipe, seed)
+    plain = search.point(chosen, None, 0)
+    step = steps("tuning the strengths", len(recipe.rates) * recipe.steps)
+    points = [plain]
+    for n, rate in enumerate(recipe.rates, 1):
+        for _ in range(recipe.steps):
+            search.step(rate)
+            step(1)
+        points.append(search.point(search.direction(), rate, n * recipe.steps))
+    return points
+
+
+class _Search:
+    """The parameters, and a step downhill."""
+
+    def __init__(
+        self, task: Task, chosen: Direction, candidates: Sequence[Direction], recipe: Recipe, seed: int
+    ) -> None:
+        self.task, self.chosen, self.recipe = task, chosen, recipe
+        device = task.model.device
+        self.names = list(dict.fromkeys(task.places))
+        self.index = torch.tensor([self.names.index(place) for place in task.places], device=device)
+        first, self.fixed = np.atleast_2d(chosen.vector)[0], torch.from_numpy(np.atleast_2d(chosen.vector)[1:])
+        self.fixed = self.fixed.to(device)
+        self.span = torch.from_numpy(_span(first, candidates, self.fixed.cpu().numpy(), recipe.span)).to(device)
+        at = self.span @ torch.from_numpy(first).to(device)
+        self.coordinates = functional.normalize(at, dim=0).requires_grad_()
+        self.strengths = torch.full((len(self.names),), recipe.start, device=device, requires_grad=True)
+        self.adam = torch.optim.Adam(
+            [
+                {"params": [self.strengths], "lr": recipe.learning_rate},
+                {"params": [self.coordinates], "lr": recipe.learning_rate * recipe.turning},
+            ],
+            betas=(0.8, 0.95),
+        )
+        self.order = random.Random(seed)
+        self.at_once: dict[int, int | None] = {}
+        self.last = (0.0, 0.0)
+
+    def hooks(self) -> AbstractContextManager[None]:
+        """The model as the parameters have it."""
+        unit = functional.normalize(self.coordinates @ self.span, dim=0)
+        basis = torch.cat([unit[None], self.fixed])
+        return ablate(self.task.model, self.task.sites, basis[None], self.strengths[self.index])
+
+    def step(self, rate: float) -> None:
+        """One step of Adam on a draw of prompts."""
+        lose, keep = self._draw(self.task.lose), self._draw(self.task.keep)
+        self.adam.zero_grad()
+        refusal = self._backward(lose, partial(self._losing, lose))
+        divergence = self._backward(keep, partial(self._keeping, keep, rate))
+        (self.recipe.pull * self.strengths.abs().mean()).backward()
+        self.last = refusal, divergence / rate
+        self.adam.step()
+
+    def direction(self) -> Direction:
+        """The parameters as a direction with strengths; small ones are none."""
+        with torch.no_grad():
+            unit = functional.normalize(self.coordinates @ self.span, dim=0)
+            basis = torch.cat([unit[None], self.fixed]).cpu().numpy().astype(np.float32)
+        each = zip(self.names, self.strengths.tolist(), strict=True)
+        strengths = {name: round(s, 4) if abs(s) >= LEAST_STRENGTH else 0.0 for name, s in each}
+        vector = basis if self.chosen.vector.ndim == 2 else basis[0]
+        return dataclasses.replace(self.chosen, vector=vector, strengths=strengths, method=METHOD)
+
+    def point(self, direction: Direction, rate: float | None, steps: int) -> Point:
+        """A direction with what it does on the validation prompts."""
+        task = self.task
+        each = torch.tensor([direction.strengths.get(p, 0.0) if direction.strengths else 1.0 for p in task.places])
+        basis = torch.from_numpy(np.atleast_2d(direction.vector))[None]
+        with ablate(task.model, task.sites, basis, each.to(task.model.device)):
+            scores, refused = _scores(task), task.count()
+            first, mean = _divergences(task)
+        return Point(direction, refused, task.asked, scores, first, mean, rate, steps)
+
+    def _draw(self, given: Answered) -> Answered:
+        n = min(self.recipe.batch, len(given.prompts))
+        return given.take(self.order.sample(range(len(given.prompts)), n))
+
+    def _backward(self, given: Answered, loss: Callable[[list[int], torch.Tensor], torch.Tensor]) -> float:
+        rows, keep = given.rows, given.keep
+        if keep not in self.at_once:
+            self.at_once[keep] = tokens_at_once(self.task.model, rows, keep, self.hooks)
+        return backward(self.task.model, rows, keep, loss, self.hooks, self.at_once[keep])
+
+    def _losing(self, given: Answered, indices: list[int], logits: torch.Tensor) -> torch.Tensor:
+        losses = list[torch.Tensor]()
+        for row, i in zip(logits, indices, strict=True):
+            answer = given.answers[i]
+            p = log_probs(row[along(answer)])
+            score = refusal_score(p[:1], self.task.tokens)[0]
+            losses.append(functional.softplus(score + self.recipe.margin))
+            if len(answer) > 1:
+                said = p[1:].gather(-1, torch.tensor(answer[1:], device=p.device)[:, None])[:, 0]
+                odds = said - torch.log1p(-said.exp().clamp(max=1 - 1e-6))
+                losses.append(self.recipe.opening * functional.softplus(odds).mean())
+        return torch.stack(losses).sum() / len(given.prompts)
+
+    def _keeping(self, given: Answered, rate: float, indices: list[int], logits: torch.Tensor) -> torch.Tensor:
+        losses = list[torch.Tensor]()
+        for row, i in zip(logits, indices, strict=True):
+            kl = divergence_along(given.likeliest[i], log_probs(row[along(given.answers[i])]))
+            losses.append(kl.mean() + self.recipe.first * kl[0])
+        return rate * torch.stack(losses).sum() / len(given.prompts)
+
+
+def _span(
+    first: npt.NDArray[np.float32], candidates: Sequence[Direction], fixed: npt.NDArray[np.float32], size: int
+) -> npt.NDArray[np.float32]:
+    """An orthonormal basis `[size, d_model]` of most of what the candidates span, `first` in it, orthogonal to `fixed`.
+
+    Its axes are those along which the candidates point most.
+    """
+    given = np.stack([d.vector for d in candidates if d.vector.ndim == 1] + [first]).astype(np.float64)
+    others = given - (given @ first)[:, None] * first
+    others -= (others @ fixed.T) @ fixed
+    _, sizes, axes = np.linalg.svd(others, full_matrices=False)
+    kept = axes[: size - 1][sizes[: size - 1] > 1e-3 * max(1e-12, float(sizes[0]))]
+    return np.concatenate([first[None], kept]).astype(np.float32)
+
+
+def _scores(task: Task) -> float:
+    """Mean refusal score of the validation prompts that the base declines."""
+    found = list[torch.Tensor]()
+    for _, logits in forward(task.model, batches(task.model, task.declined, task.batch_size), tokens=1):
+        found.append(refusal_score(log_probs(logits[:, -1]), task.tokens))
+    return torch.cat(found).mean().item()
+
+
+def _divergences(task: Task) -> tuple[float, float]:
+    """Mean KL at the first token and along the answers of the validation prompts that are to stay."""
+    given, found = task.kept, list[torch.Tensor]()
+    passes = forward(
+        task.model, batches(task.model, given.rows, max(1, task.batch_size // 8), given.keep), tokens=given.keep
+    )
+    for batch, logits in passes:
+        for row, i in zip(logits, batch.indices, strict=True):
+            kl = divergence_along(given.likeliest[i], log_probs(row[along(given.answers[i])]))
+            found.append(torch.stack([kl[0], kl.mean()]))
+    first, mean = torch.stack(found).mean(0).tolist()
+    return first, mean
