@@ -170,7 +170,7 @@ def test_an_old_record_gives_a_page_that_says_what_it_lacks(chosen: tuple[RunRec
     assert report(tmp_path / "run.json") == tmp_path / "report.html"
     found = Outline((tmp_path / "report.html").read_text())
     assert found.figures() == ["before-after", "finalists", "removed", "leak", "verdicts"]
-    assert found.text.count("This record holds no numbers for it") == 3
+    assert found.text.count("This record holds no numbers for it") == 4
 
 
 def test_an_edit_alone_has_a_page(chosen: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path) -> None:
