@@ -169,6 +169,18 @@ class _Run:
             raise self.work.damaged("select.json")
         return Direction.load(path), found
 
+    def controls(self, observed: Observation, direction: Direction) -> dict[str, Any]:
+        """What other directions do at the same strengths."""
+        plan = self.plan.weighted(direction.strengths)
+
+        def compute() -> dict[str, Any]:
+            return step.controls(
+                self.base, plan, direction, observed, self.harmful, self.harmless, self.options, self.steps
+            )
+
+        found: dict[str, Any] = self.step("controls", compute)
+        return found
+
     def edit(self, direction: Direction) -> list[dict[str, Any]]:
         """Steps 3 and 4."""
         resumed = self.work.done("edit")
@@ -210,6 +222,7 @@ class _Run:
         """All steps in order, and their record."""
         observed = self.observe()
         direction, choice = self.select(observed, self.collect(observed))
+        controls = self.controls(observed, direction)
         edits = self.edit(direction)
         evaluation = self.evaluate(direction, observed.tokens)
         device = pick_device(self.options.device)
@@ -237,6 +250,7 @@ class _Run:
             seconds=self.seconds,
             peak_memory_bytes=peak_memory(),
             finalists=choice["finalists"],
+            controls=controls,
             charts=choice["charts"] | evaluation["charts"],
             base_card=base_card(self.checkpoint.path),
         )

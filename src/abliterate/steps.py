@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from abliterate import observe as observing
 from abliterate.activations.collect import collect, collect_sets
@@ -19,6 +20,7 @@ from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction import choose as choosing
+from abliterate.direction import controls as controlling
 from abliterate.direction.choose import Choice
 from abliterate.direction.direction import Direction, candidates, most_separated
 from abliterate.edit.plan import EditPlan
@@ -264,14 +266,42 @@ def select(
         )
     if not observed.tokens:
         return Choice(most_separated(found, *stats), [], [])
-    harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
-    harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
-    trial = choosing.Trial(
-        model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, options.strength
-    )
+    trial = _trial(model, plan, observed, harmful, harmless, options)
     if len(found) == 1:
         return Choice(choosing.measure(trial, found[0]), [], [])
     return choosing.choose(trial, found, options.max_kl, steps)
+
+
+def _trial(
+    model: ChatModel, plan: EditPlan, observed: Observation, harmful: Splits, harmless: Splits, options: Options
+) -> choosing.Trial:
+    """The causal test of an edit, on validation prompts that show the contrast."""
+    harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
+    harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
+    return choosing.Trial(
+        model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, options.strength
+    )
+
+
+def controls(
+    model: ChatModel,
+    plan: EditPlan,
+    direction: Direction,
+    observed: Observation,
+    harmful: Splits,
+    harmless: Splits,
+    options: Options,
+    steps: Steps = no_steps,
+) -> dict[str, Any]:
+    """What directions that carry no refusal do with the plan's strengths; nothing where that cannot be told.
+
+    It cannot without refusal tokens, or without the layer of the direction.
+    """
+    if not observed.tokens or direction.layer is None:
+        return {}
+    trial = _trial(model, plan, observed, harmful, harmless, options)
+    _, answered = observing.contrast(observed, harmful, harmless)
+    return controlling.controls(trial, direction, answered, options.seed, steps)
 
 
 def pick_judge(options: Options, steps: Steps = no_steps) -> Judge:

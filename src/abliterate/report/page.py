@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from abliterate.report import measured, panels
 from abliterate.report.command import command
-from abliterate.report.figures import broken_bounds, counted, judged_by, unjudged
+from abliterate.report.figures import broken_bounds, counted, judged_by, no_better, unjudged
 from abliterate.report.layers import single_prompts
 from abliterate.report.panels import Panel
 from abliterate.report.record import RunRecord
@@ -87,6 +87,8 @@ def warnings(record: RunRecord) -> list[str]:
     found = []
     if record.direction and (failed := broken_bounds(record.direction["scores"], record.resolved["max_kl"])):
         found.append(f"The direction fails the causal test: {'; '.join(failed)}.")
+    if weak := no_better(record.controls):
+        found.append(f"The direction does no better than its controls: {weak}.")
     if record.direction_from_elsewhere:
         found.append("The direction was found on another checkpoint than the one that was edited.")
     counts = [sum(v.get("broken", 0) for v in record.verdicts.get(who, {}).values()) for who in ("base", "edited")]
@@ -109,7 +111,7 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
     return [
         section("result", "Before and after", "nothing was measured", measured.before_after(r)),
         section("direction", "Where the direction was found", earlier, panels.separation(r), panels.fall(r),
-                panels.finalists(r)),
+                panels.finalists(r), panels.controls(r)),
         section("along", "Both sets along the direction", earlier, panels.projected(r), single_prompts(r)),
         section("weights", "What was taken out of the weights", "nothing was edited", panels.removed(r),
                 panels.leaks(r)),

@@ -105,6 +105,28 @@ def finalists(record: RunRecord) -> Panel | None:
     return Panel("finalists", f"{len(numbers)} candidates met all validation prompts.", how, columns, numbers)
 
 
+def controls(record: RunRecord) -> Panel | None:
+    """What directions that carry no refusal do in place of the chosen one."""
+    c = record.controls
+    if not c:
+        return None
+    tried = [("chosen", c["chosen"]), *((f"random {i}", f) for i, f in enumerate(c["random"], 1))]
+    if c["harmless"] is not None:
+        tried.append(("between harmless halves", c["harmless"]))
+    numbers = [[name, number(f["score"]), number(f["score"] - c["base"]), number(f["kl"])] for name, f in tried]
+    finding = (
+        f"At the same strengths the direction moves the refusal score by {number(c['margin'])} more than the best of "
+        f"{len(tried) - 1} controls, at least by {number(c['margin_low'])}."
+    )
+    how = (
+        f"Mean refusal score of {c['harmful_prompts']} harmful validation prompts (base {number(c['base'])}) and mean "
+        f"KL on {c['harmless_prompts']} harmless ones, with each direction ablated in place of the chosen one: random "
+        "ones, and what lies between two halves of the harmless train prompts at the same layer and position. At "
+        "least: less 1.96 standard errors over the same prompts."
+    )
+    return Panel("controls", finding, how, ("direction", "refusal score", "less the base's", "KL"), numbers)
+
+
 def projected(record: RunRecord) -> Panel | None:
     """Where the two sets lie along the chosen direction, layer by layer."""
     found = record.charts.get("projections")

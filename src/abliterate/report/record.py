@@ -27,9 +27,10 @@ class RunRecord:
     `hub_id` is the base's name on the hub, if that is where it came from; `metrics` is a list of
     `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
     edited tensor with its leak after the cast; `tied_head` says what became of an LM head that shares the
-    embedding's weights; `judge` who judged the answers; `seconds` wall time for each step; `charts` is what only the
-    page shows: tables of candidates by layer and position, projections by layer (means of the train prompts, and
-    `along`, histograms of the test prompts), counts by category, KL by prompt;
+    embedding's weights; `controls` what directions that carry no refusal do, as `direction.controls` says; `judge` who
+    judged the answers; `seconds` wall time for each step; `charts` is what only the page shows: tables of candidates by
+    layer and position, projections by layer (means of the train prompts, and `along`, histograms of the test prompts),
+    counts by category, KL by prompt;
     `base_card` what the base's own card says of licence, language and task. Either may be empty.
     """
 
@@ -51,6 +52,7 @@ class RunRecord:
     observed: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     finalists: list[dict[str, Any]] = field(default_factory=list)
+    controls: dict[str, Any] = field(default_factory=dict)
     charts: dict[str, Any] = field(default_factory=dict)
     base_card: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA

@@ -7,7 +7,17 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from abliterate.report.figures import COLUMNS, broken_bounds, counted, judged_by, rows, settled, unjudged
+from abliterate.report.figures import (
+    COLUMNS,
+    broken_bounds,
+    controlled,
+    counted,
+    judged_by,
+    no_better,
+    rows,
+    settled,
+    unjudged,
+)
 from abliterate.report.layout import print_table, say
 from abliterate.report.record import RunRecord
 
@@ -59,6 +69,8 @@ def print_direction(console: Console, direction: dict[str, Any], max_kl: float) 
 def print_run(console: Console, record: RunRecord, output: str) -> None:
     """What a finished run has to say: the direction, the edit, the table, where things are."""
     print_direction(console, record.direction, record.resolved["max_kl"])
+    if others := controlled(record.controls):
+        say(console, Text.assemble(("controls", "bold"), f" refusal score {others}"))
     if record.direction_from_elsewhere:
         say(console, Text.assemble(("found on another checkpoint", "yellow"), " than the one that was edited"))
     strength = f"{len(record.edits)} tensors, strength {record.resolved['strength']:g}"
@@ -72,6 +84,8 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
         say(console, Text.assemble(("LM head", "bold"), f" {record.tied_head}"))
     if record.metrics:
         print_metrics(console, record.metrics, record.verdicts, record.charts)
+    if weak := no_better(record.controls):
+        say(console, Text.assemble(("the direction does no better than its controls:", "yellow"), f" {weak}"))
     seconds = sum(record.seconds.values())
     memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
     say(console, f"{output}: {seconds:.0f} s{memory}", style="dim")
