@@ -266,21 +266,25 @@ def select(
         )
     if not observed.tokens:
         return Choice(most_separated(found, *stats), [], [])
-    trial = _trial(model, plan, observed, harmful, harmless, options)
+    trial = _trial(model, plan, observed, harmful, harmless, options, options.tested_strength)
     if len(found) == 1:
         return Choice(choosing.measure(trial, found[0]), [], [])
     return choosing.choose(trial, found, options.max_kl, steps)
 
 
 def _trial(
-    model: ChatModel, plan: EditPlan, observed: Observation, harmful: Splits, harmless: Splits, options: Options
+    model: ChatModel,
+    plan: EditPlan,
+    observed: Observation,
+    harmful: Splits,
+    harmless: Splits,
+    options: Options,
+    strength: float,
 ) -> choosing.Trial:
     """The causal test of an edit, on validation prompts that show the contrast."""
     harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
     harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
-    return choosing.Trial(
-        model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, options.strength
-    )
+    return choosing.Trial(model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, strength)
 
 
 def controls(
@@ -299,7 +303,7 @@ def controls(
     """
     if not observed.tokens or direction.layer is None:
         return {}
-    trial = _trial(model, plan, observed, harmful, harmless, options)
+    trial = _trial(model, plan, observed, harmful, harmless, options, options.strength)
     _, answered = observing.contrast(observed, harmful, harmless)
     return controlling.controls(trial, direction, answered, options.seed, steps)
 

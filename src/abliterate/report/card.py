@@ -22,14 +22,21 @@ base_model_relation: {{ "adapter" if adapter else "finetune" }}
 {{ name }}: {{ value|json }}
 {% endfor %}
 library_name: {{ "peft" if adapter else "transformers" }}
-tags: [abliterate, representation-engineering, directional-ablation]
+tags: [abliterate, representation-engineering{{ "" if r.strengthens else ", directional-ablation" }}]
 ---
 
 # {{ name }}
 
-{{ base }} with its refusal direction projected out of the weights by
-`abliterate` {{ r.version }} (weight orthogonalisation, Arditi et al. 2024, arXiv 2406.11717).
-{% if fewer %}
+{{ base }} with its refusal direction {{ "strengthened in" if r.strengthens else "projected out of" }} the weights by
+`abliterate` {{ r.version }} ({{ "the opposite of " if r.strengthens }}weight orthogonalisation, Arditi et al. 2024,
+arXiv 2406.11717).
+{% if r.strengthens %}
+{% if more %}
+**It declines more requests than its base, harmless ones among them.** It still answers harmful ones.
+{% else %}
+It is meant to decline more harmful requests than its base. It still answers some, and may decline harmless ones.
+{% endif %}
+{% elif fewer %}
 **It declines fewer requests than its base, including harmful ones.**
 {% else %}
 It is meant to decline fewer requests than its base, including harmful ones.
@@ -99,6 +106,7 @@ def model_card(record: RunRecord, name: str) -> str:
         r=record, name=name, table=table, leak=worst, hub=hub, base=base, broken=counted(record.verdicts, "broken"),
         unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
         settled=settled(record.charts).capitalize(), adapter=record.resolved["format"] == "adapter",
+        more=rate is not None and rate["edited"] > rate["base"],
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
         carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},
     )  # fmt: skip

@@ -120,7 +120,7 @@ def controls(record: RunRecord) -> Panel | None:
     )
     how = (
         f"Mean refusal score of {c['harmful_prompts']} harmful validation prompts (base {number(c['base'])}) and mean "
-        f"KL on {c['harmless_prompts']} harmless ones, with each direction ablated in place of the chosen one: random "
+        f"KL on {c['harmless_prompts']} harmless ones, with each direction in place of the chosen one: random "
         "ones, and what lies between two halves of the harmless train prompts at the same layer and position. At "
         "least: less 1.96 standard errors over the same prompts."
     )
@@ -187,12 +187,13 @@ def removed(record: RunRecord) -> Panel | None:
     said = f"Strength {used[0]}" if len(used) == 1 else f"Strengths from {used[0]} to {used[-1]}"
     role, layer = max(share, key=lambda place: share[place])
     where = role if layer == "–" else f"{role} of layer {layer}"
-    finding = f"{said} at the layers with a cell; it took most from {where}: {share[role, layer]:.3g}% of its norm."
+    took = "added most to" if record.strengthens else "took most from"
+    finding = f"{said} at the layers with a cell; it {took} {where}: {share[role, layer]:.3g}% of its norm."
     values = [[share.get((role, column)) for column in columns] for role in roles]
     picture = heat_map(Cells(roles, columns, values, "% of the norm"), finding)
     numbers = [[f"{r}, {c}", f"{strengths[r, c]:.3g}", f"{share[r, c]:.3g}%"] for r, c in share]
     how = "‖ΔW‖ / ‖W‖ of every edited weight, the largest where a layer has several; – stands outside the blocks."
-    return Panel("removed", finding, how, ("weight, layer", "strength", "norm removed"), numbers, picture)
+    return Panel("removed", finding, how, ("weight, layer", "strength", "norm changed"), numbers, picture)
 
 
 def leaks(record: RunRecord) -> Panel | None:
@@ -220,7 +221,7 @@ def leaks(record: RunRecord) -> Panel | None:
     return Panel("leak", finding, how, ("weight, layer", "leak"), numbers, picture)
 
 
-def minus(number: int) -> str:
+def minus(number: int | str) -> str:
     """A number with a true minus sign."""
     return str(number).replace("-", "−")
 

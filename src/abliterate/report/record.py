@@ -68,6 +68,19 @@ class RunRecord:
         return next((m for m in self.metrics if m["name"] == name), None)
 
     @property
+    def strengthens(self) -> bool:
+        """Whether the edit adds to the direction: refusals are to rise."""
+        return bool(self.resolved["strength"] < 0)
+
+    @property
+    def missed(self) -> bool:
+        """Whether refusals of harmful test prompts did not rise though they were to."""
+        found = self.metric("refusal_rate") or self.metric("refusal_score")
+        if not self.strengthens or found is None or None in (found["base"], found["edited"]):
+            return False
+        return bool(found["edited"] <= found["base"])
+
+    @property
     def direction_from_elsewhere(self) -> bool:
         """Whether the direction was found on another checkpoint than the one that was edited."""
         source = self.direction.get("source")

@@ -73,7 +73,8 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
         say(console, Text.assemble(("controls", "bold"), f" refusal score {others}"))
     if record.direction_from_elsewhere:
         say(console, Text.assemble(("found on another checkpoint", "yellow"), " than the one that was edited"))
-    strength = f"{len(record.edits)} tensors, strength {record.resolved['strength']:g}"
+    adds = " (adds to the direction)" if record.strengthens else ""
+    strength = f"{len(record.edits)} tensors, strength {record.resolved['strength']:g}{adds}"
     if record.resolved["format"] == "adapter":
         say(console, Text.assemble(("adapter", "bold"), f" for {strength}; the base is as it was"))
     else:
@@ -84,6 +85,8 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
         say(console, Text.assemble(("LM head", "bold"), f" {record.tied_head}"))
     if record.metrics:
         print_metrics(console, record.metrics, record.verdicts, record.charts)
+    if record.missed:
+        say(console, Text("refusals of harmful prompts did not rise", "yellow"))
     if weak := no_better(record.controls):
         say(console, Text.assemble(("the direction does no better than its controls:", "yellow"), f" {weak}"))
     seconds = sum(record.seconds.values())
