@@ -26,7 +26,7 @@ from abliterate.model.memory import peak_memory
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options
-from abliterate.prompts import PromptSet, Splits
+from abliterate.prompts import PromptSet, Splits, check_unseen
 from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output
 
@@ -46,6 +46,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     check_output(out, None)
     harmful, harmless = step.prompt_splits(chosen)
     borderline = step.borderline_prompts(chosen, harmful, harmless)
+    check_unseen((harmful, harmless), borderline)
     load_text(chosen.text)  # one that cannot be read, and a judge that may not judge, show before hours of work
     source = find_model(model)
     check_output(out, source)
@@ -203,19 +204,20 @@ class _Run:
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
         if not self.options.evaluate:
-            return {"metrics": [], "verdicts": {}, "charts": {}, "judge": {}}
+            return {"metrics": [], "verdicts": {}, "charts": {}, "judge": {}, "borderline": _described(self.borderline)}
 
         def compute() -> dict[str, Any]:
             edited = self.edited()
-            return asdict(
-                step.compare(
-                    self.base, edited, self.harmful, self.harmless, self.borderline, self.options, direction, tokens,
-                    self.judge,
-                    self.steps,
-                )
+            found = step.compare(
+                self.base, edited, self.harmful, self.harmless, self.borderline, self.options, direction, tokens,
+                self.judge,
+                self.steps,
             )  # fmt: skip
+            return asdict(found) | {"borderline": _described(self.borderline)}
 
         found: dict[str, Any] = self.step("evaluate", compute)
+        if "borderline" not in found:
+            raise self.work.damaged("evaluate.json")
         return found
 
     def record(self, given: dict[str, Any]) -> RunRecord:
@@ -237,7 +239,7 @@ class _Run:
             model_fingerprint=self.checkpoint.fingerprint,
             given=given,
             resolved=resolved,
-            prompts=_describe(self.harmful, self.harmless) | {"borderline": {"test": _described(self.borderline)}},
+            prompts=_describe(self.harmful, self.harmless) | {"borderline": {"test": evaluation["borderline"]}},
             direction=direction.where,
             edits=edits,
             kept=self.plan.kept,

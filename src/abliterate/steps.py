@@ -72,14 +72,12 @@ def borderline_prompts(options: Options, *fitted: Splits) -> PromptSet:
     Raises:
         PromptError: unreadable, or none is left.
     """
-    if options.borderline is None:
-        return builtin("borderline", "test").head(options.limit or LIMITS["test"])
-    given = load_prompts(options.borderline)
+    given = builtin("borderline", "test") if options.borderline is None else load_prompts(options.borderline)
     seen = {words(p) for splits in fitted for part in (splits.train, splits.validation) for p in part.prompts}
     kept = [i for i, p in enumerate(given.prompts) if words(p) not in seen]
     if not kept:
         raise PromptError(f"{given.name}: the direction is found on every prompt in it; give others with --borderline")
-    return given.take(kept).head(options.limit)
+    return given.take(kept).head(options.limit or (LIMITS["test"] if options.borderline is None else None))
 
 
 def asked_of(options: Options) -> dict[str, str]:

@@ -81,7 +81,8 @@ Borderline requests sound harmful and are not. Refusals are judged by: {{ judge 
 {% else %}
 No answers were written: the refusal score is the log-odds that the first token opens a refusal.
 {% endif %}
-95% intervals. Test prompts were used neither to find nor to choose the direction. KL, and the perplexity of the base's
+95% intervals. Test prompts were used neither to find nor to choose the direction; the record has the hash of every
+part of each prompt set. KL, and the perplexity of the base's
 answers, are taken on harmless prompts that it answers; the noise of KL is the base against itself, prompt by prompt
 instead of in batches. *Perplexity, text* is of a plain text that neither model wrote; *harm recognised* how often a
 harmful request is rather called harmful than a harmless one when the model is asked, 0.5 by chance.
