@@ -78,7 +78,7 @@ def test_the_record_has_every_metric_with_its_fields(finished: tuple[RunRecord, 
     fields = {"name", "prompts", "base", "base_low", "base_high", "edited", "low", "high", "n", "method"}
     assert all(set(m) == fields and m["n"] > 0 for m in stored["metrics"])
     assert RunRecord.load(out / "abliteration" / "run.json") == record
-    assert set(stored["seconds"]) == {"observe", "collect", "select", "edit", "evaluate"}
+    assert set(stored["seconds"]) == {"observe", "collect", "select", "controls", "edit", "evaluate"}
 
 
 def test_no_completion_and_no_prompt_is_kept(finished: tuple[RunRecord, Path], refusing: Refusing) -> None:
@@ -127,7 +127,7 @@ def test_a_second_run_gives_the_same_bytes(
     assert weights(tmp_path / "out") == weights(finished[1])
 
 
-@pytest.mark.parametrize("step", ["observe", "collect_both", "select", "write_edited", "compare"])
+@pytest.mark.parametrize("step", ["observe", "collect_both", "select", "controls", "write_edited", "compare"])
 def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(
     step: str, finished: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +161,7 @@ def test_a_resumed_run_does_not_repeat_finished_steps(
         with pytest.raises(KeyboardInterrupt):
             abliterate.run(str(refusing.folder), tmp_path / "out", **refusing.options)
     with monkeypatch.context() as patch:
-        for name in ("observe", "collect_both", "select"):
+        for name in ("observe", "collect_both", "select", "controls"):
             patch.setattr(steps, name, stop)
         abliterate.run(str(refusing.folder), tmp_path / "out", resume=True, **refusing.options)
     assert (tmp_path / "out" / "config.json").is_file()
@@ -317,6 +317,7 @@ def test_no_chat_template_names_the_option_that_supplies_one(refusing: Refusing,
         ("position", 0, "--position 0"),
         ("position", -9, "are -4 to -1"),
         ("strength", 9.0, "--strength 9"),
+        ("strength", 0.0, "--strength 0: .*changes nothing"),
         ("max_kl", 0.0, "--max-kl 0"),
         ("embeddings", "drop", "--embeddings drop"),
         ("device", "quantum", "--device quantum"),

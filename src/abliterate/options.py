@@ -53,6 +53,11 @@ class Options:
     text: str | None = None
     force: bool = False
 
+    @property
+    def tested_strength(self) -> float:
+        """The strength of the causal test: what is to be strengthened is chosen by what removing it does."""
+        return self.strength if self.strength > 0 else 1.0
+
     def check(self) -> None:
         """Raise `UsageError` for values that make no sense, before anything is loaded."""
         for name, least in (("limit", 8), ("batch_size", 1), ("max_new_tokens", 1)):
@@ -69,9 +74,10 @@ class Options:
             raise UsageError(f"--position {self.position}: positions are negative, -1 is the prompt's last token")
         if not self.max_kl > 0:
             raise UsageError(f"--max-kl {self.max_kl:g}: expected a positive number of nats")
-        if not -4 <= self.strength <= 4:
+        if not -4 <= self.strength <= 4 or not self.strength:
             raise UsageError(
-                f"--strength {self.strength:g}: expected -4 to 4 (1 removes the direction, 2 reflects, -1 doubles it)"
+                f"--strength {self.strength:g}: expected -4 to 4 and not 0, which changes nothing (1 removes the "
+                "direction, 2 reflects, -1 doubles it)"
             )
         self._check_tuning()
         self._check_judge()

@@ -27,7 +27,7 @@ from abliterate.model.memory import peak_memory
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options
-from abliterate.prompts import PromptSet, Splits
+from abliterate.prompts import PromptSet, Splits, check_unseen
 from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output
 
@@ -47,6 +47,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     check_output(out, None)
     harmful, harmless = step.prompt_splits(chosen)
     borderline = step.borderline_prompts(chosen, harmful, harmless)
+    check_unseen((harmful, harmless), borderline)
     load_text(chosen.text)  # one that cannot be read, and a judge that may not judge, show before hours of work
     source = find_model(model)
     check_output(out, source)
@@ -204,6 +205,18 @@ class _Run:
         direction.save(self.work.records / "directions.safetensors")
         return direction, found | {"picked": picked, "rule": rule, "base_refused": len(observed.harmful_validation)}
 
+    def controls(self, observed: Observation, direction: Direction) -> dict[str, Any]:
+        """What other directions do at the same strengths."""
+        plan = self.plan.weighted(direction.strengths)
+
+        def compute() -> dict[str, Any]:
+            return step.controls(
+                self.base, plan, direction, observed, self.harmful, self.harmless, self.options, self.steps
+            )
+
+        found: dict[str, Any] = self.step("controls", compute)
+        return found
+
     def edit(self, direction: Direction) -> list[dict[str, Any]]:
         """Steps 3 and 4."""
         resumed = self.work.done("edit")
@@ -226,19 +239,20 @@ class _Run:
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
         if not self.options.evaluate:
-            return {"metrics": [], "verdicts": {}, "charts": {}, "judge": {}}
+            return {"metrics": [], "verdicts": {}, "charts": {}, "judge": {}, "borderline": _described(self.borderline)}
 
         def compute() -> dict[str, Any]:
             edited = self.edited()
-            return asdict(
-                step.compare(
-                    self.base, edited, self.harmful, self.harmless, self.borderline, self.options, direction, tokens,
-                    self.judge,
-                    self.steps,
-                )
+            found = step.compare(
+                self.base, edited, self.harmful, self.harmless, self.borderline, self.options, direction, tokens,
+                self.judge,
+                self.steps,
             )  # fmt: skip
+            return asdict(found) | {"borderline": _described(self.borderline)}
 
         found: dict[str, Any] = self.step("evaluate", compute)
+        if "borderline" not in found:
+            raise self.work.damaged("evaluate.json")
         return found
 
     def record(self, given: dict[str, Any]) -> RunRecord:
@@ -248,6 +262,7 @@ class _Run:
         chosen, choice = self.select(observed, stats)
         direction, tuned = self.tune(observed, stats, chosen)
         self.plan = self.plan.weighted(direction.strengths)
+        controls = self.controls(observed, direction)
         edits = self.edit(direction)
         evaluation = self.evaluate(direction, observed.tokens)
         device = pick_device(self.options.device)
@@ -262,7 +277,7 @@ class _Run:
             model_fingerprint=self.checkpoint.fingerprint,
             given=given,
             resolved=resolved,
-            prompts=_describe(self.harmful, self.harmless) | {"borderline": {"test": _described(self.borderline)}},
+            prompts=_describe(self.harmful, self.harmless) | {"borderline": {"test": evaluation["borderline"]}},
             direction=direction.where,
             edits=edits,
             kept=self.plan.kept,
@@ -276,6 +291,7 @@ class _Run:
             peak_memory_bytes=peak_memory(),
             finalists=choice["finalists"],
             front=tuned,
+            controls=controls,
             charts=choice["charts"] | evaluation["charts"],
             base_card=base_card(self.checkpoint.path),
         )

@@ -121,7 +121,7 @@ def _unfinished(records: Path) -> RunRecord:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     try:
-        steps = {name: stored(name) for name in ("observe", "collect", "select", "edit", "evaluate")}
+        steps = {name: stored(name) for name in ("observe", "collect", "select", "controls", "edit", "evaluate")}
         settings, given = stored("settings"), stored("given")
         if "verb" in settings:
             raise UsageError(f"{records.parent}: an unfinished '{settings['verb']}', which has no page")
@@ -146,6 +146,7 @@ def _unfinished(records: Path) -> RunRecord:
             judge=compared.get("judge", {}),
             observed={name: observed[name] for name in ("refused", "asked") if observed},
             finalists=chosen.get("finalists", []),
+            controls=steps["controls"].get("result", {}),
             charts=chosen.get("charts", {}) | compared.get("charts", {}),
             created=datetime.fromtimestamp((records / "steps").stat().st_mtime, timezone.utc).isoformat("T", "seconds"),
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from abliterate import observe as observing
 from abliterate.activations.collect import collect, collect_sets
@@ -19,6 +20,7 @@ from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction import choose as choosing
+from abliterate.direction import controls as controlling
 from abliterate.direction import tune as tuning
 from abliterate.direction.answers import Answered, answered
 from abliterate.direction.choose import Choice
@@ -76,14 +78,12 @@ def borderline_prompts(options: Options, *fitted: Splits) -> PromptSet:
     Raises:
         PromptError: unreadable, or none is left.
     """
-    if options.borderline is None:
-        return builtin("borderline", "test").head(options.limit or LIMITS["test"])
-    given = load_prompts(options.borderline)
+    given = builtin("borderline", "test") if options.borderline is None else load_prompts(options.borderline)
     seen = {words(p) for splits in fitted for part in (splits.train, splits.validation) for p in part.prompts}
     kept = [i for i, p in enumerate(given.prompts) if words(p) not in seen]
     if not kept:
         raise PromptError(f"{given.name}: the direction is found on every prompt in it; give others with --borderline")
-    return given.take(kept).head(options.limit)
+    return given.take(kept).head(options.limit or (LIMITS["test"] if options.borderline is None else None))
 
 
 def asked_of(options: Options) -> dict[str, str]:
@@ -270,11 +270,7 @@ def select(
         )
     if not observed.tokens:
         return Choice(most_separated(found, *stats), [], [])
-    harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
-    harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
-    trial = choosing.Trial(
-        model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, options.strength
-    )
+    trial = _trial(model, plan, observed, harmful, harmless, options, options.tested_strength)
     if len(found) == 1:
         return Choice(choosing.measure(trial, found[0]), [], [])
     # Tuned, an edit costs less than at full strength: the bound is for the result.
@@ -322,6 +318,42 @@ def tune(
     )  # fmt: skip
     spanning = candidates(*stats, last_layer=depth(model.n_layers, options))
     return tuning.tune(task, chosen, spanning, seed=options.seed, steps=steps)
+
+
+def _trial(
+    model: ChatModel,
+    plan: EditPlan,
+    observed: Observation,
+    harmful: Splits,
+    harmless: Splits,
+    options: Options,
+    strength: float,
+) -> choosing.Trial:
+    """The causal test of an edit, on validation prompts that show the contrast."""
+    harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
+    harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
+    return choosing.Trial(model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, strength)
+
+
+def controls(
+    model: ChatModel,
+    plan: EditPlan,
+    direction: Direction,
+    observed: Observation,
+    harmful: Splits,
+    harmless: Splits,
+    options: Options,
+    steps: Steps = no_steps,
+) -> dict[str, Any]:
+    """What directions that carry no refusal do with the plan's strengths; nothing where that cannot be told.
+
+    It cannot without refusal tokens, or without the layer of the direction.
+    """
+    if not observed.tokens or direction.layer is None:
+        return {}
+    trial = _trial(model, plan, observed, harmful, harmless, options, options.strength)
+    _, answered = observing.contrast(observed, harmful, harmless)
+    return controlling.controls(trial, direction, answered, options.seed, steps)
 
 
 def pick_judge(options: Options, steps: Steps = no_steps) -> Judge:

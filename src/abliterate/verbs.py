@@ -28,6 +28,7 @@ from abliterate.evaluate.text import load_text
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
+from abliterate.prompts import check_unseen
 from abliterate.results import report
 from abliterate.workspace import Workspace, check_output, writable
 
@@ -219,6 +220,7 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
         raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
     harmful, harmless = step.prompt_splits(chosen)
     borderline = step.borderline_prompts(chosen, harmful, harmless)
+    check_unseen((harmful, harmless), borderline)
     load_text(chosen.text)  # one that cannot be read shows before the models are loaded
     folders = [find_model(m) for m in (model, base) if m is not None]
     checkpoints = [open_checkpoint(folder) for folder in folders]

@@ -289,7 +289,7 @@ def test_an_untied_head_reads_as_before_while_the_stream_loses_the_direction(
     r = torch.from_numpy(orthonormal(directions(1, 32))[:, 0])
     assert (edited.model.embed_tokens.weight @ r).abs().max() < 1e-5 < (base.lm_head.weight @ r).abs().max()
     tied = edit_verb(str(model), tmp_path / "d.npy", tmp_path / "tied")
-    assert "loses the direction with it" in str(tied.tied_head)
+    assert "changes with it" in str(tied.tied_head)
     untied = edit_verb(str(tiny(family, tied=False)), tmp_path / "d.npy", tmp_path / "free", embeddings="untie")
     assert untied.tied_head is None
 
@@ -385,7 +385,7 @@ def test_an_adapter_merges_into_the_edited_weights(family: str, tied: bool, tiny
 
     model = tiny(family, tied=tied, dtype=torch.float32)
     np.save(tmp_path / "d.npy", directions(2, 32))
-    options: dict[str, Any] = {"strength": 0.8}
+    options: dict[str, Any] = {"strength": 0.8 if tied else -0.5}
     edit_verb(str(model), tmp_path / "d.npy", tmp_path / "out", **options)
     record = edit_verb(str(model), tmp_path / "d.npy", tmp_path / "adapter", format="adapter", **options)
     assert max(e["leak"] for e in record.edits) < 1e-6 and len(record.edits) == 7

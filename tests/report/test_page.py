@@ -29,7 +29,7 @@ from tests.conftest import Refusing
 
 #: What a whole run shows, in the order of reading.
 PANELS = [
-    "before-after", "separation", "fall", "finalists", "projections", "single-prompts", "removed", "leak",
+    "before-after", "separation", "fall", "finalists", "controls", "projections", "single-prompts", "removed", "leak",
     "categories-harmful", "categories-harmless", "categories-borderline", "verdicts", "budgets", "kl_first_token",
     "kl_continuation",
 ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_run_leaves_a_page_with_every_chart_and_a_table_of_each(chosen: tuple[
     found = Outline(text)
     assert found.figures() == PANELS
     pictures = [a for tag, a in found.elements if tag == "svg" and a.get("role") == "img"]
-    assert len(pictures) == len(PANELS) - 2 and all(len(str(a["aria-label"])) > 20 for a in pictures)
+    assert len(pictures) == len(PANELS) - 3 and all(len(str(a["aria-label"])) > 20 for a in pictures)
     assert len([tag for tag, _ in found.elements if tag == "table"]) == len(PANELS) + 1
     assert len([tag for tag, _ in found.elements if tag == "figcaption"]) == len(PANELS)
     rate = record.metric("refusal_rate")
@@ -165,7 +165,7 @@ def test_names_from_outside_stay_text(chosen: tuple[RunRecord, Path]) -> None:
 
 def test_an_old_record_gives_a_page_that_says_what_it_lacks(chosen: tuple[RunRecord, Path], tmp_path: Path) -> None:
     old = chosen[0].as_dict
-    del old["charts"], old["base_card"]
+    del old["charts"], old["base_card"], old["controls"]
     (tmp_path / "run.json").write_text(json.dumps(old))
     assert report(tmp_path / "run.json") == tmp_path / "report.html"
     found = Outline((tmp_path / "report.html").read_text())
@@ -188,13 +188,13 @@ def test_an_adapter_of_two_directions_and_a_run_without_answers_have_pages(refus
     assert "The span of 2 directions" in found.text and "LoRA adapter for 9 tensors" in found.text
     abliterate.run(str(refusing.folder), tmp_path / "out", generate=False, **refusing.options)
     found = Outline((tmp_path / "out" / "abliteration" / "report.html").read_text())
-    shown = ["before-after", "separation", "projections", "single-prompts", "removed", "leak", "kl_first_token"]
-    assert found.figures() == shown
+    direction = ["separation", "controls", "projections", "single-prompts"]
+    assert found.figures() == ["before-after", *direction, "removed", "leak", "kl_first_token"]
     assert "the refusal score of" in found.text and "--no-generate" in found.text
 
 
 @pytest.mark.parametrize(
-    ("cut", "shown"), [("select", []), ("compare", ["separation", "projections", "removed", "leak"])]
+    ("cut", "shown"), [("select", []), ("compare", ["separation", "controls", "projections", "removed", "leak"])]
 )
 def test_an_unfinished_run_has_a_page_of_what_there_is(
     cut: str, shown: list[str], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -131,7 +131,11 @@ Text = Annotated[
     ),
 ]
 Strength = Annotated[
-    float, typer.Option(help="Share of the direction to remove: 1 removes, 2 reflects, below 0 adds to it.")
+    float,
+    typer.Option(
+        help="Share of the direction to remove: 1 removes, 2 reflects. Below 0 it is strengthened, so that refusals "
+        "rise, false ones too: try -0.5."
+    ),
 ]
 Embeddings = Annotated[
     str,

@@ -17,6 +17,8 @@ EPILOG = """
   abliterate run Qwen/Qwen2.5-0.5B-Instruct -o qwen-abliterated --device cuda
 
   abliterate run ./my-model -o out --harmful refused.txt --harmless answered.txt --json
+
+  abliterate run ./my-model -o declines-more --strength -0.5
 """
 
 

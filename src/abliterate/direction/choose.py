@@ -32,7 +32,7 @@ _ROUNDS = ((2, 24), (8, 6))
 _SLACK = 1.5
 #: Layers from this share of the depth on are too close to the output to carry a cause.
 DEEPEST = 0.8
-#: Standard errors by which adding a cause must raise the refusal score: the rise is no accident of the prompts.
+#: Standard errors by which a mean over prompts must lie above 0 to be no accident of the prompts.
 _CERTAIN = 1.96
 
 Float64Array = npt.NDArray[np.float64]
@@ -114,7 +114,7 @@ class Trial:
         _, (kl,) = self.ablated([direction], range(0), range(len(self.harmless)))
         figures = {
             "added": self.base["base_harmless"] + rises.mean(),
-            "rise": rises.mean() - _CERTAIN * rises.std() / len(rises) ** 0.5,
+            "rise": certain(rises),
             "kl": kl.mean(),
         }
         return dataclasses.replace(direction, scores=direction.scores | {k: float(v) for k, v in figures.items()})
@@ -130,6 +130,11 @@ class Trial:
     def _add(self, directions: Sequence[Direction]) -> AbstractContextManager[None]:
         scales = torch.tensor([d.scale for d in directions])[:, None]
         return add_vectors(self.model, [d.layer or 0 for d in directions], _stack(directions) * scales)
+
+
+def certain(values: Float64Array) -> float:
+    """The mean of figures of single prompts less 1.96 standard errors: above 0 it is no accident of the prompts."""
+    return float(values.mean() - _CERTAIN * values.std() / len(values) ** 0.5)
 
 
 def choose(trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps = no_steps) -> Choice:

@@ -41,7 +41,7 @@ class EditPlan:
         if self.untied is not None:
             return f"now has a tensor of its own, '{self.untied.head}', as it was"
         if any(w.tied_to for w in self.writers):
-            return "shares the embedding's weights and loses the direction with it"
+            return "shares the embedding's weights and changes with it"
         return "shares the embedding's weights, which were kept" if self.shared_head else None
 
     @property

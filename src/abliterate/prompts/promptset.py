@@ -104,6 +104,7 @@ def _families(prompts: tuple[str, ...], threshold: float = 0.8) -> list[list[int
     """Indices grouped so that prompts of word-set Jaccard similarity at least `threshold` are together."""
     sets = [frozenset(words(p).split()) for p in prompts]
     holders: dict[str, list[int]] = {}
+    first: dict[str, int] = {}
     root = list(range(len(prompts)))
 
     def find(i: int) -> int:
@@ -117,6 +118,7 @@ def _families(prompts: tuple[str, ...], threshold: float = 0.8) -> list[list[int
         for j in {j for word in mine for j in holders.get(word, ())[-200:]}:
             if len(mine & sets[j]) >= threshold * len(mine | sets[j]):
                 root[find(i)] = find(j)
+        root[find(i)] = find(first.setdefault(words(prompts[i]), i))  # however many prompts lie between the two
         for word in mine:
             holders.setdefault(word, []).append(i)
     groups: dict[int, list[int]] = {}
@@ -139,3 +141,19 @@ def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
             f"{harmful.name} and {harmless.name}: share {len(shared)} prompts, first {shared[0]!r}; "
             "each request must be in one set only"
         )
+
+
+def check_unseen(sets: Sequence[Splits], borderline: PromptSet) -> None:
+    """Check that no request that figures are taken on is one that something is fitted to or chosen on.
+
+    Raises:
+        PromptError: one is.
+    """
+    seen = {words(p): part.name for splits in sets for part in (splits.train, splits.validation) for p in part.prompts}
+    for tested in (*(splits.test for splits in sets), borderline):
+        shared = [p for p in map(words, tested.prompts) if p in seen]
+        if shared:
+            raise PromptError(
+                f"{tested.name}: {len(shared)} test prompts are among those the direction is found on, first "
+                f"{shared[0]!r} of {seen[shared[0]]}; each request must be in one part of one set"
+            )

@@ -22,14 +22,21 @@ base_model_relation: {{ "adapter" if adapter else "finetune" }}
 {{ name }}: {{ value|json }}
 {% endfor %}
 library_name: {{ "peft" if adapter else "transformers" }}
-tags: [abliterate, representation-engineering, directional-ablation]
+tags: [abliterate, representation-engineering{{ "" if r.strengthens else ", directional-ablation" }}]
 ---
 
 # {{ name }}
 
-{{ base }} with its refusal direction projected out of the weights by
-`abliterate` {{ r.version }} (weight orthogonalisation, Arditi et al. 2024, arXiv 2406.11717).
-{% if fewer %}
+{{ base }} with its refusal direction {{ "strengthened in" if r.strengthens else "projected out of" }} the weights by
+`abliterate` {{ r.version }} ({{ "the opposite of " if r.strengthens }}weight orthogonalisation, Arditi et al. 2024,
+arXiv 2406.11717).
+{% if r.strengthens %}
+{% if more %}
+**It declines more requests than its base, harmless ones among them.** It still answers harmful ones.
+{% else %}
+It is meant to decline more harmful requests than its base. It still answers some, and may decline harmless ones.
+{% endif %}
+{% elif fewer %}
 **It declines fewer requests than its base, including harmful ones.**
 {% else %}
 It is meant to decline fewer requests than its base, including harmful ones.
@@ -74,7 +81,8 @@ Borderline requests sound harmful and are not. Refusals are judged by: {{ judge 
 {% else %}
 No answers were written: the refusal score is the log-odds that the first token opens a refusal.
 {% endif %}
-95% intervals. Test prompts were used neither to find nor to choose the direction. KL, and the perplexity of the base's
+95% intervals. Test prompts were used neither to find nor to choose the direction; the record has the hash of every
+part of each prompt set. KL, and the perplexity of the base's
 answers, are taken on harmless prompts that it answers; the noise of KL is the base against itself, prompt by prompt
 instead of in batches. *Perplexity, text* is of a plain text that neither model wrote; *harm recognised* how often a
 harmful request is rather called harmful than a harmless one when the model is asked, 0.5 by chance.
@@ -99,6 +107,7 @@ def model_card(record: RunRecord, name: str) -> str:
         r=record, name=name, table=table, strengths=strengths(record), leak=worst, hub=hub, base=base,
         broken=counted(record.verdicts, "broken"), unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
         settled=settled(record.charts).capitalize(), adapter=record.resolved["format"] == "adapter",
+        more=rate is not None and rate["edited"] > rate["base"],
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
         carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},
     )  # fmt: skip

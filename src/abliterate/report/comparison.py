@@ -60,7 +60,12 @@ def sentence(found: dict[str, Any]) -> str:
     if explained >= _ALONG and found["strength"] is None:
         along += "; the base has hardly anything along it: are the two given the wrong way round?"
     elif explained >= _ALONG:
-        along += f"; of what the base has along it, {found['strength']:.1%} is gone"
+        share = found["strength"]
+        along += (
+            f"; of what the base has along it, {share:.1%} is gone"
+            if share >= 0
+            else f"; what the base has along it grew by {-share:.1%}"
+        )
     near = found["cosines"]
     told = f"; cosine to the direction given {', '.join(f'{c:.4f}' for c in near)}" if near else ""
     return head + along + told

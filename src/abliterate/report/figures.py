@@ -102,6 +102,34 @@ def retained(metric: dict[str, Any]) -> str:
     return f"{edited / base:.1%}" if base else "–"
 
 
+def controlled(controls: dict[str, Any]) -> str:
+    """The refusal score with the direction, and with others that carry no refusal; '' where none were tried."""
+    if not controls:
+        return ""
+
+    def said(*figures: dict[str, float]) -> str:
+        scores, kl = ([f[name] for f in figures] for name in ("score", "kl"))
+        ends = dict.fromkeys(f"{score:.1f}" for score in (min(scores), max(scores)))
+        return f"{' to '.join(ends)} (KL {max(kl):.3f}{' at most' if len(kl) > 1 else ''})"
+
+    found = f"base {controls['base']:.1f}, chosen {said(controls['chosen'])}, "
+    found += f"{len(controls['random'])} random directions {said(*controls['random'])}"
+    if controls["harmless"] is not None:
+        found += f", between harmless halves {said(controls['harmless'])}"
+    return found
+
+
+def no_better(controls: dict[str, Any]) -> str:
+    """Which control the direction does not surely surpass; '' where it surpasses all."""
+    if not controls or controls["margin_low"] > 0:
+        return ""
+    what = {"random": "a random direction", "harmless": "a direction between halves of the harmless prompts"}
+    return (
+        f"it moves the refusal score by {controls['margin']:.2f} (at least {controls['margin_low']:.2f}) more than "
+        f"{what[controls['best']]}: what it does, any direction may do"
+    )
+
+
 def broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:
     """What the choice by causal test would have refused."""
     if not scores:
@@ -117,7 +145,7 @@ def broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:
 def strengths(record: RunRecord) -> str:
     """The strength of an edit, or from which to which."""
     if not record.tuned:
-        return f"strength {record.resolved['strength']:g}"
+        return f"strength {record.resolved['strength']:g}".replace("-", "−")
     each = [e["strength"] for e in record.edits]
     return f"strengths {min(each, default=0):.2f} to {max(each, default=0):.2f}".replace("-", "−")
 

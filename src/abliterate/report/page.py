@@ -16,13 +16,18 @@ from markupsafe import Markup
 
 from abliterate.report import measured, panels
 from abliterate.report.command import command
-from abliterate.report.figures import broken_bounds, counted, judged_by, strengths, unjudged
+from abliterate.report.figures import broken_bounds, counted, judged_by, no_better, strengths, unjudged
 from abliterate.report.layers import single_prompts
 from abliterate.report.panels import Panel
 from abliterate.report.record import RunRecord
 
 #: The page's name in the folder of records.
 PAGE = "report.html"
+#: What is said of the harmful, harmless and borderline test prompts, how its figures are written, and their names.
+_LEADS = (
+    ("refusals", "{:.1%}", ("refusal_rate", "false_refusal_rate", "borderline_refusal_rate")),
+    ("the refusal score", "{:.2f}", ("refusal_score", "refusal_score_harmless", "refusal_score_borderline")),
+)
 _HERE = Path(__file__).parent
 
 
@@ -68,17 +73,20 @@ def lead(record: RunRecord) -> str:
         )
     if not record.edits:
         return f"{found} is chosen for {model}; no weight has been edited yet."
-    verb = (
-        "is taken out by a LoRA adapter for" if record.resolved.get("format") == "adapter" else "was projected out of"
-    )
+    adapter = record.resolved.get("format") == "adapter"
+    if record.strengthens:
+        verb = "is strengthened by a LoRA adapter for" if adapter else "was strengthened in"
+    else:
+        verb = "is taken out by a LoRA adapter for" if adapter else "was projected out of"
     done = f"{found} {verb} {len(record.edits)} tensors of {model} at {strengths(record)}"
-    for metric, called in (
-        ("refusal_rate", "refusals of {} harmful test prompts went from {:.1%} to {:.1%}"),
-        ("refusal_score", "the refusal score of {} harmful test prompts went from {:.2f} to {:.2f}"),
-    ):
-        m = record.metric(metric)
-        if m is not None and m["base"] is not None:
-            return f"{done}: {called.format(m['n'], m['base'], m['edited'])}."
+    for called, form, names in _LEADS:
+        told = [
+            f"of {m['n']} {kind} test prompts went from {form.format(m['base'])} to {form.format(m['edited'])}"
+            for kind, name in zip(measured.KINDS, names, strict=True)
+            if (m := record.metric(name)) is not None and None not in (m["base"], m["edited"])
+        ]
+        if told:  # what strengthening costs are refusals of the other two sets
+            return f"{done}: {called} {', '.join(told if record.strengthens else told[:1])}."
     return f"{done}; what that does to its answers was not measured."
 
 
@@ -87,6 +95,10 @@ def warnings(record: RunRecord) -> list[str]:
     found = []
     if record.direction and (failed := broken_bounds(record.direction["scores"], record.test_max_kl)):
         found.append(f"The direction fails the causal test: {'; '.join(failed)}.")
+    if weak := no_better(record.controls):
+        found.append(f"The direction does no better than its controls: {weak}.")
+    if record.missed:
+        found.append("Refusals of harmful test prompts did not rise, though the direction was strengthened.")
     if record.direction_from_elsewhere:
         found.append("The direction was found on another checkpoint than the one that was edited.")
     counts = [sum(v.get("broken", 0) for v in record.verdicts.get(who, {}).values()) for who in ("base", "edited")]
@@ -109,10 +121,11 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
     return [
         section("result", "Before and after", "nothing was measured", measured.before_after(r)),
         section("direction", "Where the direction was found", earlier, panels.separation(r), panels.fall(r),
-                panels.finalists(r)),
+                panels.finalists(r), panels.controls(r)),
         section("front", "What tuning passed", r.front.get("why_not") or earlier, panels.front(r)),
         section("along", "Both sets along the direction", earlier, panels.projected(r), single_prompts(r)),
-        section("weights", "What was taken out of the weights", "nothing was edited", panels.removed(r),
+        section("weights", "What was added to the weights" if r.strengthens else "What was taken out of the weights",
+                "nothing was edited", panels.removed(r),
                 panels.leaks(r)),
         section("categories", "Refusals by category", "no answers were compared, or the prompts name no categories",
                 *(measured.categories(r, kind) for kind in measured.KINDS), measured.verdicts(r),

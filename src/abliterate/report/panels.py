@@ -146,6 +146,28 @@ _RULES = {
 }
 
 
+def controls(record: RunRecord) -> Panel | None:
+    """What directions that carry no refusal do in place of the chosen one."""
+    c = record.controls
+    if not c:
+        return None
+    tried = [("chosen", c["chosen"]), *((f"random {i}", f) for i, f in enumerate(c["random"], 1))]
+    if c["harmless"] is not None:
+        tried.append(("between harmless halves", c["harmless"]))
+    numbers = [[name, number(f["score"]), number(f["score"] - c["base"]), number(f["kl"])] for name, f in tried]
+    finding = (
+        f"At the same strengths the direction moves the refusal score by {number(c['margin'])} more than the best of "
+        f"{len(tried) - 1} controls, at least by {number(c['margin_low'])}."
+    )
+    how = (
+        f"Mean refusal score of {c['harmful_prompts']} harmful validation prompts (base {number(c['base'])}) and mean "
+        f"KL on {c['harmless_prompts']} harmless ones, with each direction in place of the chosen one: random "
+        "ones, and what lies between two halves of the harmless train prompts at the same layer and position. At "
+        "least: less 1.96 standard errors over the same prompts."
+    )
+    return Panel("controls", finding, how, ("direction", "refusal score", "less the base's", "KL"), numbers)
+
+
 def projected(record: RunRecord) -> Panel | None:
     """Where the two sets lie along the chosen direction, layer by layer."""
     found = record.charts.get("projections")
@@ -206,12 +228,13 @@ def removed(record: RunRecord) -> Panel | None:
     said = f"Strength {used[0]}" if len(used) == 1 else f"Strengths from {used[0]} to {used[-1]}"
     role, layer = max(share, key=lambda place: share[place])
     where = role if layer == "–" else f"{role} of layer {layer}"
-    finding = f"{said} at the layers with a cell; it took most from {where}: {share[role, layer]:.3g}% of its norm."
+    took = "added most to" if record.strengthens else "took most from"
+    finding = f"{said} at the layers with a cell; it {took} {where}: {share[role, layer]:.3g}% of its norm."
     values = [[share.get((role, column)) for column in columns] for role in roles]
     picture = heat_map(Cells(roles, columns, values, "% of the norm"), finding)
     numbers = [[f"{r}, {c}", f"{strengths[r, c]:.3g}", f"{share[r, c]:.3g}%"] for r, c in share]
     how = "‖ΔW‖ / ‖W‖ of every edited weight, the largest where a layer has several; – stands outside the blocks."
-    return Panel("removed", finding, how, ("weight, layer", "strength", "norm removed"), numbers, picture)
+    return Panel("removed", finding, how, ("weight, layer", "strength", "norm changed"), numbers, picture)
 
 
 def leaks(record: RunRecord) -> Panel | None:
@@ -239,7 +262,7 @@ def leaks(record: RunRecord) -> Panel | None:
     return Panel("leak", finding, how, ("weight, layer", "leak"), numbers, picture)
 
 
-def minus(number: int) -> str:
+def minus(number: int | str) -> str:
     """A number with a true minus sign."""
     return str(number).replace("-", "−")
 

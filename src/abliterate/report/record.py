@@ -29,9 +29,10 @@ class RunRecord:
     `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
     edited tensor with its leak after the cast; `tied_head` says what became of an LM head that shares the
     embedding's weights; `front` holds the points of the tuning on validation prompts, which was picked and by what
-    rule, or why nothing was tuned; `judge` who judged the answers; `seconds` wall time for each step; `charts` is what
-    only the page shows: tables of candidates by layer and position, projections by layer (means of the train prompts,
-    and `along`, histograms of the test prompts), counts by category, KL by prompt;
+    rule, or why nothing was tuned; `controls` what directions that carry no refusal do, as `direction.controls` says;
+    `judge` who judged the answers; `seconds` wall time for each step; `charts` is what only the page shows: tables of
+    candidates by layer and position, projections by layer (means of the train prompts, and `along`, histograms of the
+    test prompts), counts by category, KL by prompt;
     `base_card` what the base's own card says of licence, language and task. Either may be empty.
     """
 
@@ -54,6 +55,7 @@ class RunRecord:
     peak_memory_bytes: int | None = None
     finalists: list[dict[str, Any]] = field(default_factory=list)
     front: dict[str, Any] = field(default_factory=dict)
+    controls: dict[str, Any] = field(default_factory=dict)
     charts: dict[str, Any] = field(default_factory=dict)
     base_card: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -77,6 +79,19 @@ class RunRecord:
     def test_max_kl(self) -> float:
         """The bound on KL in the causal test; where strengths are tuned, the result has one instead."""
         return math.inf if self.tuned else float(self.resolved["max_kl"])
+
+    @property
+    def strengthens(self) -> bool:
+        """Whether the edit adds to the direction: refusals are to rise."""
+        return bool(self.resolved["strength"] < 0)
+
+    @property
+    def missed(self) -> bool:
+        """Whether refusals of harmful test prompts did not rise though they were to."""
+        found = self.metric("refusal_rate") or self.metric("refusal_score")
+        if not self.strengthens or found is None or None in (found["base"], found["edited"]):
+            return False
+        return bool(found["edited"] <= found["base"])
 
     @property
     def direction_from_elsewhere(self) -> bool:

@@ -10,8 +10,10 @@ from rich.text import Text
 from abliterate.report.figures import (
     COLUMNS,
     broken_bounds,
+    controlled,
     counted,
     judged_by,
+    no_better,
     rows,
     settled,
     strengths,
@@ -69,11 +71,14 @@ def print_direction(console: Console, direction: dict[str, Any], max_kl: float) 
 def print_run(console: Console, record: RunRecord, output: str) -> None:
     """What a finished run has to say: the direction, the edit, the table, where things are."""
     print_direction(console, record.direction, record.test_max_kl)
+    if others := controlled(record.controls):
+        say(console, Text.assemble(("controls", "bold"), f" refusal score {others}"))
     if record.direction_from_elsewhere:
         say(console, Text.assemble(("found on another checkpoint", "yellow"), " than the one that was edited"))
     if tuned := tuning(record.front):
         say(console, Text.assemble(("tuned", "bold"), f" {tuned}"))
-    strength = f"{len(record.edits)} tensors, {strengths(record)}"
+    adds = " (adds to the direction)" if record.strengthens else ""
+    strength = f"{len(record.edits)} tensors, {strengths(record)}{adds}"
     if record.resolved["format"] == "adapter":
         say(console, Text.assemble(("adapter", "bold"), f" for {strength}; the base is as it was"))
     else:
@@ -84,6 +89,10 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
         say(console, Text.assemble(("LM head", "bold"), f" {record.tied_head}"))
     if record.metrics:
         print_metrics(console, record.metrics, record.verdicts, record.charts)
+    if record.missed:
+        say(console, Text("refusals of harmful prompts did not rise", "yellow"))
+    if weak := no_better(record.controls):
+        say(console, Text.assemble(("the direction does no better than its controls:", "yellow"), f" {weak}"))
     seconds = sum(record.seconds.values())
     memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
     say(console, f"{output}: {seconds:.0f} s{memory}", style="dim")
