@@ -15,6 +15,7 @@ from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
 from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
+from abliterate.contrast import depth
 from abliterate.direction.direction import Direction
 from abliterate.direction.front import Point, pick
 from abliterate.direction.profile import profile
@@ -132,7 +133,7 @@ class _Run:
         o = self.options
 
         def compute() -> None:
-            depth = step.depth(self.checkpoint.n_layers, o)
+            n_layers = depth(self.checkpoint.n_layers, o)
             both = step.collect_both(
                 self.base,
                 self.checkpoint,
@@ -141,7 +142,7 @@ class _Run:
                 self.harmless,
                 o,
                 self.steps,
-                depth,
+                n_layers,
                 self.work.steps / "unfinished.safetensors",
             )
             for stats, path in zip(both, paths, strict=True):
@@ -263,7 +264,7 @@ class _Run:
             given=given,
             resolved=resolved,
             prompts=_describe(self.harmful, self.harmless) | {"borderline": {"test": _described(self.borderline)}},
-            direction=direction.where,
+            direction=direction.where | {"rank": direction.rank},
             edits=edits,
             kept=self.plan.kept,
             untouched=self.plan.untouched,

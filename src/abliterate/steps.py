@@ -18,7 +18,9 @@ from abliterate.activations.stats import ActivationStats
 from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
+from abliterate.contrast import candidates_again, causal_test, depth, named
 from abliterate.direction import choose as choosing
+from abliterate.direction import several
 from abliterate.direction import tune as tuning
 from abliterate.direction.answers import Answered, answered
 from abliterate.direction.choose import Choice
@@ -45,8 +47,6 @@ from abliterate.prompts.promptset import words
 
 logger = logging.getLogger("abliterate")
 
-#: Validation prompts in the causal test, of each kind.
-TRIAL_PROMPTS = 32
 #: Tokens of the base's refusals and answers that strengths are tuned along.
 REFUSAL_TOKENS, ANSWER_TOKENS = 8, 24
 
@@ -239,11 +239,6 @@ def _naming_bad_weights(checkpoint: Checkpoint) -> Iterator[None]:
         raise
 
 
-def depth(n_layers: int, options: Options) -> int:
-    """How many of the first layers a direction may come from."""
-    return options.layer + 1 if options.layer is not None else max(1, int(choosing.DEEPEST * n_layers))
-
-
 def select(
     model: ChatModel,
     plan: EditPlan,
@@ -256,12 +251,13 @@ def select(
 ) -> Choice:
     """Step 2: the direction, by causal test on validation prompts, and the other candidates; or the one options name.
 
+    With `directions` above 1 as many behind it as are worth their place.
+
     Raises:
         UsageError: `layer` or `position` is not among the candidates.
         VerifyError: no candidate passes the test.
     """
-    found = candidates(*stats, last_layer=depth(model.n_layers, options))
-    found = [d for d in found if options.layer in (None, d.layer) and options.position in (None, d.position)]
+    found = named(stats, model.n_layers, options)
     if not found:
         asked = [f"--{n} {v}" for n, v in (("layer", options.layer), ("position", options.position)) if v is not None]
         raise UsageError(
@@ -269,17 +265,21 @@ def select(
             f"layers are 0 to {model.n_layers - 1}, positions {stats[0].positions[0]} to -1"
         )
     if not observed.tokens:
-        return Choice(most_separated(found, *stats), [], [])
-    harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
-    harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
-    trial = choosing.Trial(
-        model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, options.strength
-    )
-    if len(found) == 1:
-        return Choice(choosing.measure(trial, found[0]), [], [])
+        why = "" if options.directions == 1 else "without refusals none can be tested"
+        return Choice(several.together([most_separated(found, *stats)], why), [], [])
     # Tuned, an edit costs less than at full strength: the bound is for the result.
     bound = options.max_kl if options.why_not_tuned else max(options.max_kl, Options().max_kl)
-    return choosing.choose(trial, found, bound, steps)
+    trial = causal_test(model, plan, observed, harmful, harmless, options)
+    if len(found) == 1:
+        first = Choice(choosing.measure(trial, found[0]), [], [])
+    else:
+        first = choosing.choose(trial, found, bound, steps)
+    again = candidates_again(model, plan, observed, harmful, harmless, options, steps)
+    choice = several.extended(trial, first, again, options.directions, bound, steps)
+    if choice.direction.stopped:
+        kept, most = choice.direction.rank, options.directions
+        logger.info("directions: %d of at most %d; %s", kept, most, choice.direction.stopped)
+    return choice
 
 
 def why_not_tuned(model: ChatModel, observed: Observation, options: Options) -> str | None:

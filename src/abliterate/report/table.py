@@ -60,8 +60,11 @@ def print_direction(console: Console, direction: dict[str, Any], max_kl: float) 
     if direction["layer"] is None:
         say(console, Text.assemble(("direction", "bold"), f" {direction['method']}"))
         return
-    where = f"layer {direction['layer']}, position {direction['position']}"
-    say(console, Text.assemble(("direction", "bold"), f" {where}: {_scores(direction['scores'])}"))
+    for part in direction.get("parts") or [direction]:
+        where = f"layer {part['layer']}, position {part['position']}"
+        say(console, Text.assemble(("direction", "bold"), f" {where}: {_scores(part['scores'])}"))
+    if stopped := direction.get("stopped"):
+        say(console, f"no more directions: {stopped}")
     if failed := broken_bounds(direction["scores"], max_kl):
         say(console, Text.assemble(("it fails the causal test:", "yellow"), f" {'; '.join(failed)}"))
 
