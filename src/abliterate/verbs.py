@@ -28,11 +28,12 @@ from abliterate.evaluate.text import load_text
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
+from abliterate.resist import resist
 from abliterate.results import report
 from abliterate.workspace import Workspace, check_output, writable
 
 __all__ = [
-    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "report", "select",
+    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "report", "resist", "select",
     "undo",
 ]  # fmt: skip
 
