@@ -13,7 +13,7 @@ from pathlib import Path
 from generated import write_or_check
 
 TARGET = Path(__file__).parent.parent / "docs" / "commands.md"
-VERBS = ("", "run", "collect", "select", "edit", "inspect", "undo", "compare", "eval", "bench", "report")
+VERBS = ("", "run", "collect", "select", "edit", "inspect", "undo", "compare", "eval", "bench", "resist", "report")
 INTRO = """# Commands
 
 What `--help` says, at 80 columns. Written by `scripts/command_reference.py`; do not edit.

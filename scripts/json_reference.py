@@ -21,7 +21,7 @@ TARGET = ROOT / "docs" / "json.md"
 #: In the order in which a person meets them.
 KINDS = (
     "run", "activations", "observed", "direction", "evaluation", "inspection", "restored", "comparison", "benchmarks",
-    "page", "card",
+    "resistance", "page", "card",
 )  # fmt: skip
 INTRO = """# JSON
 

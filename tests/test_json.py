@@ -25,7 +25,7 @@ ODD = {"surprise": {"at": [{}]}}
 #: Of one kind each but `edit`, a run, and `alone`, an evaluation; `tests/benchmark` has benchmarks.
 PRINTED = (
     "run", "edit", "activations", "direction", "evaluation", "alone", "inspection", "restored", "comparison", "page",
-    "card",
+    "card", "resistance",
 )  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def printed(
         "evaluation": ["eval", edited, "--base", model, *prompts, *exact],
         "alone": ["eval", edited, *prompts, *exact],
         "inspection": ["inspect", model],
+        "resistance": ["resist", model, "--directions", "1", *prompts, *exact],
         "restored": ["undo", out, "-o", str(root / "base")],
         "comparison": ["compare", model, out, "--direction", f"{out}/abliteration/directions.safetensors"],
         "page": ["report", out],

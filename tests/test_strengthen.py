@@ -99,7 +99,7 @@ def test_words_are_those_of_a_strengthened_model(stronger: tuple[RunRecord, Path
     for one, shown in ((record, False), (lost, True)):
         print_run(console, one, "out")
         said = console.file.getvalue()  # type: ignore[attr-defined]
-        assert "strength -0.5 (adds to the direction)" in said and ("did not rise" in said) == shown
+        assert "strength −0.5 (adds to the direction)" in said and ("did not rise" in said) == shown
 
 
 def test_compare_says_that_the_component_grew(stronger: tuple[RunRecord, Path], refusing: Refusing) -> None:
@@ -114,4 +114,4 @@ def test_the_command_line_takes_a_strength_below_0(
     out = str(tmp_path / "out")
     words = ["--strength", "-0.5", "--no-eval", *refusing.arguments]
     assert run_here("run", str(refusing.folder), "-o", out, *words) == 0
-    assert "strength -0.5 (adds to the direction)" in capsys.readouterr().out.replace("\n", " ")
+    assert "strength −0.5 (adds to the direction)" in capsys.readouterr().out.replace("\n", " ")

@@ -12,7 +12,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from yaml import YAMLError, safe_load
 
 from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpoint, resolve_model
@@ -95,7 +94,7 @@ def edit(
             model_fingerprint=checkpoint.fingerprint,
             given=given,
             resolved=asdict(chosen) | {"n_layers": checkpoint.n_layers},
-            direction=found.where | {"rank": len(np.atleast_2d(found.vector))},
+            direction=found.where | {"rank": found.rank},
             edits=edits,
             kept=plan.kept,
             untouched=plan.untouched,

@@ -130,7 +130,7 @@ def observe(
     if too_few and not options.force:
         raise NoRefusalError(
             f"the model refuses {len(declined)} of {asked} harmful prompts ({len(declined) / asked:.0%}): there is "
-            f"no refusal to find (at least {LEAST_RATE:.0%} are needed); --force goes on with all prompts"
+            f"no refusal to find (at least {LEAST_RATE:.0%} are needed); run and collect take all prompts with --force"
         )
     if too_few:
         a, b, c, d = (list(range(len(s))) for s in sets)

@@ -14,6 +14,8 @@ from abliterate.errors import UsageError
 
 #: Most prompts used of each set, unless `limit` says otherwise.
 LIMITS = {"train": 64, "validation": 48, "test": 64}
+#: More directions than this are asked for in vain: each takes its own pass over all candidates.
+MOST_DIRECTIONS = 8
 #: The judges that come with the package; any other is an endpoint.
 JUDGES = ("rules", "classifier")
 
@@ -29,6 +31,7 @@ class Options:
     prompts: str | None = None
     layer: int | None = None
     position: int | None = None
+    directions: int = 1
     strength: float = 1.0
     max_kl: float = 0.2
     tune: bool | None = None
@@ -72,6 +75,8 @@ class Options:
             raise UsageError(f"--layer {self.layer}: layers count from 0")
         if self.position is not None and self.position >= 0:
             raise UsageError(f"--position {self.position}: positions are negative, -1 is the prompt's last token")
+        if not 1 <= self.directions <= MOST_DIRECTIONS:
+            raise UsageError(f"--directions {self.directions}: expected 1 to {MOST_DIRECTIONS}")
         if not self.max_kl > 0:
             raise UsageError(f"--max-kl {self.max_kl:g}: expected a positive number of nats")
         if not -4 <= self.strength <= 4 or not self.strength:

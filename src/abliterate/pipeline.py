@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from abliterate import find
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
 from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
+from abliterate.contrast import depth
 from abliterate.direction.direction import Direction
 from abliterate.direction.front import Point, pick
 from abliterate.direction.profile import profile
@@ -133,7 +135,7 @@ class _Run:
         o = self.options
 
         def compute() -> None:
-            depth = step.depth(self.checkpoint.n_layers, o)
+            n_layers = depth(self.checkpoint.n_layers, o)
             both = step.collect_both(
                 self.base,
                 self.checkpoint,
@@ -142,7 +144,7 @@ class _Run:
                 self.harmless,
                 o,
                 self.steps,
-                depth,
+                n_layers,
                 self.work.steps / "unfinished.safetensors",
             )
             for stats, path in zip(both, paths, strict=True):
@@ -159,7 +161,7 @@ class _Run:
         path = self.work.steps / "selected.safetensors"
 
         def compute() -> dict[str, Any]:
-            choice = step.select(
+            choice = find.select(
                 self.base, self.plan, stats, observed, self.harmful, self.harmless, self.options, self.steps
             )
             choice.direction.save(path)
@@ -180,9 +182,9 @@ class _Run:
         """
 
         def compute() -> dict[str, Any]:
-            if why_not := step.why_not_tuned(self.base, observed, self.options):
+            if why_not := find.why_not_tuned(self.base, observed, self.options):
                 return {"why_not": why_not, "points": []}
-            found = step.tune(
+            found = find.tune(
                 self.base, self.plan, chosen, stats, observed, self.harmful, self.harmless, self.options, self.steps
             )
             for i, point in enumerate(found):
@@ -210,7 +212,7 @@ class _Run:
         plan = self.plan.weighted(direction.strengths)
 
         def compute() -> dict[str, Any]:
-            return step.controls(
+            return find.controls(
                 self.base, plan, direction, observed, self.harmful, self.harmless, self.options, self.steps
             )
 
@@ -278,7 +280,7 @@ class _Run:
             given=given,
             resolved=resolved,
             prompts=_describe(self.harmful, self.harmless) | {"borderline": {"test": evaluation["borderline"]}},
-            direction=direction.where,
+            direction=direction.where | {"rank": direction.rank},
             edits=edits,
             kept=self.plan.kept,
             untouched=self.plan.untouched,

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from abliterate import observe as observing
 from abliterate.activations.collect import collect, collect_sets
@@ -19,15 +18,7 @@ from abliterate.activations.stats import ActivationStats
 from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
-from abliterate.direction import choose as choosing
-from abliterate.direction import controls as controlling
-from abliterate.direction import tune as tuning
-from abliterate.direction.answers import Answered, answered
-from abliterate.direction.choose import Choice
-from abliterate.direction.direction import Direction, candidates, most_separated
-from abliterate.direction.front import Point
-from abliterate.direction.tune import Task
-from abliterate.edit.plan import EditPlan
+from abliterate.direction.direction import Direction
 from abliterate.errors import PromptError, UsageError, VerifyError
 from abliterate.evaluate.agreement import agreed
 from abliterate.evaluate.classifier import CLASSIFIER
@@ -46,11 +37,6 @@ from abliterate.prompts.load import Kind, builtin, builtin_splits
 from abliterate.prompts.promptset import words
 
 logger = logging.getLogger("abliterate")
-
-#: Validation prompts in the causal test, of each kind.
-TRIAL_PROMPTS = 32
-#: Tokens of the base's refusals and answers that strengths are tuned along.
-REFUSAL_TOKENS, ANSWER_TOKENS = 8, 24
 
 
 def prompt_splits(options: Options) -> tuple[Splits, Splits]:
@@ -237,123 +223,6 @@ def _naming_bad_weights(checkpoint: Checkpoint) -> Iterator[None]:
     except VerifyError:
         require_finite(checkpoint)
         raise
-
-
-def depth(n_layers: int, options: Options) -> int:
-    """How many of the first layers a direction may come from."""
-    return options.layer + 1 if options.layer is not None else max(1, int(choosing.DEEPEST * n_layers))
-
-
-def select(
-    model: ChatModel,
-    plan: EditPlan,
-    stats: tuple[ActivationStats, ActivationStats],
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
-    options: Options,
-    steps: Steps = no_steps,
-) -> Choice:
-    """Step 2: the direction, by causal test on validation prompts, and the other candidates; or the one options name.
-
-    Raises:
-        UsageError: `layer` or `position` is not among the candidates.
-        VerifyError: no candidate passes the test.
-    """
-    found = candidates(*stats, last_layer=depth(model.n_layers, options))
-    found = [d for d in found if options.layer in (None, d.layer) and options.position in (None, d.position)]
-    if not found:
-        asked = [f"--{n} {v}" for n, v in (("layer", options.layer), ("position", options.position)) if v is not None]
-        raise UsageError(
-            f"{' '.join(asked) or model.model.config.model_type}: nothing there tells harmful from harmless requests; "
-            f"layers are 0 to {model.n_layers - 1}, positions {stats[0].positions[0]} to -1"
-        )
-    if not observed.tokens:
-        return Choice(most_separated(found, *stats), [], [])
-    trial = _trial(model, plan, observed, harmful, harmless, options, options.tested_strength)
-    if len(found) == 1:
-        return Choice(choosing.measure(trial, found[0]), [], [])
-    # Tuned, an edit costs less than at full strength: the bound is for the result.
-    bound = options.max_kl if options.why_not_tuned else max(options.max_kl, Options().max_kl)
-    return choosing.choose(trial, found, bound, steps)
-
-
-def why_not_tuned(model: ChatModel, observed: Observation, options: Options) -> str | None:
-    """Why strengths cannot be tuned; None where they can."""
-    if model.weights is not None:
-        return "the model runs block by block"
-    return options.why_not_tuned or (None if observed.tokens else "no refusals were seen")
-
-
-def tune(
-    model: ChatModel,
-    plan: EditPlan,
-    chosen: Direction,
-    stats: tuple[ActivationStats, ActivationStats],
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
-    options: Options,
-    steps: Steps = no_steps,
-) -> list[Point]:
-    """Strengths and direction by gradient on train prompts: what was passed, measured on validation prompts.
-
-    The first point is `chosen` at strength 1 everywhere.
-    """
-    lose, keep = observing.contrast(observed, harmful, harmless)
-    kept = harmless.validation.take(observed.harmless_validation)
-    step = steps("reading answers", len(lose) + len(keep) + len(kept))
-
-    def said(prompts: PromptSet, tokens: int, distributions: bool = True) -> Answered:
-        rows = model.chat.encode(prompts.prompts)
-        return answered(model, rows, tokens, options.batch_size, step, distributions=distributions)
-
-    task = Task(
-        model, plan.sites, plan.places, observed.tokens,
-        lose=said(lose, REFUSAL_TOKENS, distributions=False), keep=said(keep, ANSWER_TOKENS),
-        declined=model.chat.encode(harmful.validation.take(observed.harmful_validation).prompts),
-        kept=said(kept, ANSWER_TOKENS),
-        count=lambda: len(observing.declined(model, harmful.validation, options.batch_size)),
-        asked=len(harmful.validation), batch_size=options.batch_size,
-    )  # fmt: skip
-    spanning = candidates(*stats, last_layer=depth(model.n_layers, options))
-    return tuning.tune(task, chosen, spanning, seed=options.seed, steps=steps)
-
-
-def _trial(
-    model: ChatModel,
-    plan: EditPlan,
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
-    options: Options,
-    strength: float,
-) -> choosing.Trial:
-    """The causal test of an edit, on validation prompts that show the contrast."""
-    harmful_rows = model.chat.encode(harmful.validation.take(observed.harmful_validation[:TRIAL_PROMPTS]).prompts)
-    harmless_rows = model.chat.encode(harmless.validation.take(observed.harmless_validation[:TRIAL_PROMPTS]).prompts)
-    return choosing.Trial(model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, strength)
-
-
-def controls(
-    model: ChatModel,
-    plan: EditPlan,
-    direction: Direction,
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
-    options: Options,
-    steps: Steps = no_steps,
-) -> dict[str, Any]:
-    """What directions that carry no refusal do with the plan's strengths; nothing where that cannot be told.
-
-    It cannot without refusal tokens, or without the layer of the direction.
-    """
-    if not observed.tokens or direction.layer is None:
-        return {}
-    trial = _trial(model, plan, observed, harmful, harmless, options, options.strength)
-    _, answered = observing.contrast(observed, harmful, harmless)
-    return controlling.controls(trial, direction, answered, options.seed, steps)
 
 
 def pick_judge(options: Options, steps: Steps = no_steps) -> Judge:

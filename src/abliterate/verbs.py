@@ -12,6 +12,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from abliterate import find
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
 from abliterate.at_rest import compare, edit, find_model, inspect, undo
@@ -29,11 +30,12 @@ from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
 from abliterate.prompts import check_unseen
+from abliterate.resist import resist
 from abliterate.results import report
 from abliterate.workspace import Workspace, check_output, writable
 
 __all__ = [
-    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "report", "select",
+    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "report", "resist", "select",
     "undo",
 ]  # fmt: skip
 
@@ -201,7 +203,7 @@ def select(
     writable(out)
     loaded = step.load(source, chosen, step.bounded_memory([checkpoint], chosen))
     stats = (collected.harmful, collected.harmless)
-    choice = step.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
+    choice = find.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
     choice.direction.save(out)
     return choice.direction
 

@@ -45,7 +45,7 @@ def help_in_a_clean_process(before: str, *verb: str) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("verb", [[], ["run"], ["collect"], ["select"], ["edit"], ["eval"], ["report"]])
+@pytest.mark.parametrize("verb", [[], ["run"], ["collect"], ["select"], ["edit"], ["eval"], ["resist"], ["report"]])
 def test_help_loads_neither_torch_nor_transformers(verb: list[str]) -> None:
     done = help_in_a_clean_process("", *verb)
     assert done.returncode == 0, done.stderr
@@ -57,7 +57,7 @@ def test_help_behind_heavy_imports_is_noticed() -> None:
 
 
 def test_help_shows_examples_and_every_line_fits_80_columns() -> None:
-    for verb in ([], ["run"], ["collect"], ["select"], ["edit"], ["eval"], ["report"]):
+    for verb in ([], ["run"], ["collect"], ["select"], ["edit"], ["eval"], ["resist"], ["report"]):
         text = call(*verb, "--help").stdout
         assert "abliterate" in text.split("Examples" if verb else "Example")[-1]
         assert max(map(len, text.splitlines())) <= 80

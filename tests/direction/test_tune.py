@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import abliterate
+from abliterate import find
 from abliterate import steps as step
 from abliterate.checkpoint import open_checkpoint
 from abliterate.direction.answers import answered, divergence_along
@@ -45,7 +46,7 @@ def given_(refusing: Refusing) -> _Given:
     harmful, harmless = step.prompt_splits(options)
     seen = observe(model, harmful, harmless, options, step.no_steps)
     stats = step.collect_both(model, checkpoint, seen, harmful, harmless, options)
-    chosen = step.select(model, plan, stats, seen, harmful, harmless, options).direction
+    chosen = find.select(model, plan, stats, seen, harmful, harmless, options).direction
     rows = model.chat.encode
     lose = answered(model, rows(harmful.train.take(seen.harmful_train).prompts), 8, 32)
     keep = answered(model, rows(harmless.train.take(seen.harmless_train).prompts), 8, 32, distributions=True)
@@ -101,7 +102,7 @@ def test_an_interrupted_tuned_run_resumes_to_the_same_bytes(
         broken.setattr("abliterate.pipeline.write_edited", stop)
         abliterate.run(str(refusing.folder), tmp_path / "out", **options)
     with monkeypatch.context() as broken:
-        broken.setattr("abliterate.steps.tune", stop)
+        broken.setattr("abliterate.find.tune", stop)
         abliterate.run(str(refusing.folder), tmp_path / "out", resume=True, **options)
     for shard in tuned[1].glob("model-*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()

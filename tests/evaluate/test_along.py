@@ -51,12 +51,22 @@ def test_a_component_is_what_transformers_gives_row_by_row(memory: int | None, t
     assert len(np.unique(found.component[-1].round(6))) == len(rows)
 
 
-@pytest.mark.parametrize("where", [direction(None, 32), direction(-1, 2, 32), direction(-40, 32)])
+@pytest.mark.parametrize("where", [direction(None, 32), direction(None, 2, 32), direction(-40, 32)])
 def test_what_has_no_place_of_its_own_has_a_share_alone(where: Direction, tiny: Tiny) -> None:
     model = load_model(tiny("llama"), device="cpu", dtype="float32")
     found = along(model, model.chat.encode(ASKED), where, len(model.chat.tail()), 4)
     assert found.component.shape == (0, len(ASKED)) and found.share.min() > 0
     assert histograms(found.component, found.component, 3) == []
+
+
+def test_of_several_directions_prompts_lie_along_the_first_and_share_all(tiny: Tiny) -> None:
+    model, two = load_model(tiny("llama"), device="cpu", dtype="float32"), direction(-1, 2, 32)
+    rows, tail = model.chat.encode(ASKED), len(model.chat.tail())
+    both, *each = (
+        along(model, rows, dataclasses.replace(two, vector=v), tail, 4) for v in (two.vector, *two.vector)
+    )  # fmt: skip
+    assert np.allclose(both.component, each[0].component) and not np.allclose(both.component, each[1].component)
+    assert np.allclose(both.share**2, sum(one.share**2 for one in each), rtol=1e-4)
 
 
 def test_every_prompt_is_counted_in_bins_that_all_share() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from abliterate.cli import bench, collect, compare, edit, evaluate, inspect, report, run, select, undo
+from abliterate.cli import bench, collect, compare, edit, evaluate, inspect, report, resist, run, select, undo
 from abliterate.cli.console import INTERRUPTED, tell
 from abliterate.errors import AbliterateError
 
@@ -28,6 +28,7 @@ app.command(epilog=undo.EPILOG)(undo.undo)
 app.command(epilog=compare.EPILOG)(compare.compare)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=bench.EPILOG)(bench.bench)
+app.command(epilog=resist.EPILOG)(resist.resist)
 app.command(epilog=report.EPILOG)(report.report)
 
 

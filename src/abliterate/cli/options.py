@@ -168,6 +168,14 @@ Position = Annotated[
     Optional[int],
     typer.Option(help="Take it at this token (-1: the prompt's last).", show_default="by causal test"),
 ]
+Directions = Annotated[
+    int,
+    typer.Option(
+        metavar="K",
+        help="Take out up to K directions (at most 8): each is found with those before it ablated, and kept while it "
+        "stops more refusals of validation prompts for certain.",
+    ),
+]
 MaxKl = Annotated[
     float, typer.Option(help="Most KL(base‖edited) at the first token of harmless prompts that an edit may cost, nats.")
 ]

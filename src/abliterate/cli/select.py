@@ -25,6 +25,7 @@ def select(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to create.", metavar="FILE")],
     layer: options.Layer = None,
     position: options.Position = None,
+    directions: options.Directions = 1,
     strength: options.Strength = 1.0,
     max_kl: options.MaxKl = options.DEFAULT.max_kl,
     embeddings: options.Embeddings = "edit",
@@ -36,15 +37,17 @@ def select(
 ) -> None:
     """Step 2: choose the direction among the differences of means in ACTIVATIONS, by causal test on MODEL.
 
-    Uses the validation prompts of the sets that collect was given. FILE holds one unit vector and how it was found.
+    Uses the validation prompts of the sets that collect was given. FILE holds a unit vector, or with --directions
+    orthonormal ones, and how it was found.
     """
     from abliterate.report.table import print_direction
     from abliterate.verbs import select as select_verb
 
     with console.progress_bars() as steps:
         found = select_verb(
-            model, activations, output, steps=steps, layer=layer, position=position, strength=strength,
-            max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype, memory=memory, batch_size=batch_size,
+            model, activations, output, steps=steps, layer=layer, position=position, directions=directions,
+            strength=strength, max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype, memory=memory,
+            batch_size=batch_size,
         )  # fmt: skip
     if as_json:
         console.print_json(enveloped("direction", {"output": str(output), **found.where}))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -36,6 +36,7 @@ DEEPEST = 0.8
 _CERTAIN = 1.96
 
 Float64Array = npt.NDArray[np.float64]
+Float32Array = npt.NDArray[np.float32]
 #: Changes the running model while it lasts, each row of a batch by a direction of its own.
 Change = Callable[[Sequence[Direction]], AbstractContextManager[None]]
 #: `[rows]` figures of `[rows, d_vocab]` log-probabilities and of the prompts (indices) that they follow.
@@ -55,7 +56,11 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """What the causal test needs: the model, where its stream is written, validation rows, refusal tokens."""
+    """What the causal test needs: the model, where its stream is written, validation rows, refusal tokens.
+
+    `removed` `[k, d_model]`, orthonormal, is ablated in all that is tried: candidates are judged by what they do behind
+    it, and KL is that of all together from the model as it is.
+    """
 
     model: ChatModel
     sites: Sequence[WriterSite]
@@ -64,19 +69,35 @@ class Trial:
     tokens: list[int]
     batch_size: int
     strength: float = 1.0
+    removed: Float32Array | None = None
 
     @cached_property
     def base(self) -> dict[str, float]:
-        """Mean refusal scores of the model as it is."""
+        """Mean refusal scores before a candidate is tried."""
         return {
             "base_harmful": self.base_harmful.mean().item(),
-            "base_harmless": refusal_score(self._harmless, self.tokens).mean().item(),
+            "base_harmless": self.base_harmless.mean().item(),
         }
 
     @cached_property
     def base_harmful(self) -> torch.Tensor:
-        """`[harmful prompts]` refusal scores of the model as it is."""
-        return refusal_score(first_token_log_probs(self.model, self.harmful, self.batch_size), self.tokens)
+        """`[harmful prompts]` refusal scores before a candidate is tried."""
+        with self.begun():
+            return refusal_score(first_token_log_probs(self.model, self.harmful, self.batch_size), self.tokens)
+
+    @cached_property
+    def base_harmless(self) -> torch.Tensor:
+        """`[harmless prompts]` refusal scores before a candidate is tried."""
+        if self.removed is None:
+            return refusal_score(self._harmless, self.tokens)
+        with self.begun():
+            return refusal_score(first_token_log_probs(self.model, self.harmless, self.batch_size), self.tokens)
+
+    def begun(self) -> AbstractContextManager[None]:
+        """The model with `removed` ablated, while it lasts."""
+        if self.removed is None:
+            return nullcontext()
+        return ablate(self.model, self.sites, torch.from_numpy(self.removed)[None], self.strength)
 
     def ablated(
         self, directions: list[Direction], harmful: range, harmless: range, progress: Progress = silent
@@ -100,7 +121,7 @@ class Trial:
     def added(self, direction: Direction) -> Float64Array:
         """`[harmless]` rises of the refusal score with `r` added at the layer it was found at."""
         (scores,) = _figures(self, self._add, [direction], self.harmless, lambda p, _: refusal_score(p, self.tokens))
-        base: Float64Array = refusal_score(self._harmless, self.tokens).double().cpu().numpy()
+        base: Float64Array = self.base_harmless.double().cpu().numpy()
         rises: Float64Array = scores - base
         return rises
 
@@ -125,11 +146,18 @@ class Trial:
         return first_token_log_probs(self.model, self.harmless, self.batch_size)
 
     def _ablate(self, directions: Sequence[Direction]) -> AbstractContextManager[None]:
-        return ablate(self.model, self.sites, _stack(directions), self.strength)
+        together = _stack(directions)[:, None]
+        if self.removed is not None:
+            before = torch.from_numpy(self.removed).expand(len(directions), -1, -1)
+            together = torch.cat([before, together], 1)
+        return ablate(self.model, self.sites, together, self.strength)
 
-    def _add(self, directions: Sequence[Direction]) -> AbstractContextManager[None]:
+    @contextmanager
+    def _add(self, directions: Sequence[Direction]) -> Iterator[None]:
         scales = torch.tensor([d.scale for d in directions])[:, None]
-        return add_vectors(self.model, [d.layer or 0 for d in directions], _stack(directions) * scales)
+        layers = [d.layer or 0 for d in directions]
+        with self.begun(), add_vectors(self.model, layers, _stack(directions) * scales):
+            yield
 
 
 def certain(values: Float64Array) -> float:
@@ -149,6 +177,17 @@ def choose(trial: Trial, candidates: list[Direction], max_kl: float, steps: Step
     Raises:
         VerifyError: no candidate passes; says which bound failed.
     """
+    tested, others, tried = ranked(trial, candidates, max_kl, steps)
+    return Choice(_pick(tested, max_kl), tested + others, tried)
+
+
+def ranked(
+    trial: Trial, candidates: list[Direction], max_kl: float, steps: Steps = no_steps
+) -> tuple[list[Direction], list[Direction], list[Direction]]:
+    """The finalists, lowest ablated score first, in two lists; and all candidates with what they scored in round 1.
+
+    In the first are those whose bounds were tested: from the lowest score upwards until one keeps to them.
+    """
     finalists, tried = _finalists(trial, candidates, max_kl, steps)
     step, tested = steps("testing the choice", len(finalists)), list[Direction]()
     for direction in finalists:
@@ -157,7 +196,7 @@ def choose(trial: Trial, candidates: list[Direction], max_kl: float, steps: Step
         if tested[-1].scores["rise"] > 0 and tested[-1].scores["kl"] <= max_kl:
             break
     step(len(finalists) - len(tested))
-    return Choice(_pick(tested, max_kl), tested + finalists[len(tested) :], tried)
+    return tested, finalists[len(tested) :], tried
 
 
 def measure(trial: Trial, direction: Direction) -> Direction:

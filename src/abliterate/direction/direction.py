@@ -18,6 +18,8 @@ from abliterate.portable import load_arrays, save_arrays
 
 KIND = "a direction"
 METHOD = "difference of means, orthogonal to the harmless mean"
+#: Fields that files of earlier versions lack.
+_LATER = {"strengths", "parts", "stopped"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Direction:
     `position` is negative, from the prompt's end, and both are None where a person brought the vector; `scores`
     holds the causal test's figures; `source` the hashes of the model and prompts it came from; `strengths` those that
     were tuned for each place that writes to the stream (`12.mlp.down_proj`), none where it is to be 1 everywhere.
+
+    Of several directions found one behind the other, `layer`, `position` and `scale` are the first one's, `parts` says
+    of each where it was found and what it scored, and `stopped` why there are no more of them, "" where no more were
+    asked for.
     """
 
     vector: npt.NDArray[np.float32]
@@ -38,6 +44,13 @@ class Direction:
     scores: dict[str, float] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     strengths: dict[str, float] = field(default_factory=dict)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""
+
+    @property
+    def rank(self) -> int:
+        """How many directions it is."""
+        return len(np.atleast_2d(self.vector))
 
     @property
     def where(self) -> dict[str, Any]:
@@ -58,7 +71,8 @@ class Direction:
         if path.suffix == ".npy":
             return _from_npy(path)
         arrays, note = load_arrays(path, KIND)
-        if arrays.keys() != {"direction"} or {"strengths"} | note.keys() != {f.name for f in fields(cls)} - {"vector"}:
+        known = {f.name for f in fields(cls)} - {"vector"}
+        if arrays.keys() != {"direction"} or _LATER | note.keys() != known:
             raise CheckpointError(f"{path}: damaged: holds {', '.join(sorted({*arrays, *note}))}; make it again")
         vector = arrays["direction"].astype(np.float32)
         rows = np.atleast_2d(vector)

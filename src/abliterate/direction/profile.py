@@ -41,14 +41,14 @@ def profile(
 def projections(
     chosen: Direction, harmful: ActivationStats, harmless: ActivationStats
 ) -> dict[str, list[float]] | None:
-    """Mean and spread of both sets along the chosen direction, by layer at its position; None if it has none.
+    """Mean and spread of both sets along the (first) direction chosen, by layer at its position; None if it has none.
 
     The spread `√(σ² r̂²)` leaves out covariances between the stream's axes, which no statistics keep: it is near the
     standard deviation, not equal to it.
     """
-    if chosen.position not in harmful.positions or chosen.vector.ndim != 1:
+    if chosen.position not in harmful.positions:
         return None
-    index, unit = harmful.positions.index(chosen.position), chosen.vector.astype(np.float64)
+    index, unit = harmful.positions.index(chosen.position), np.atleast_2d(chosen.vector)[0].astype(np.float64)
     table: dict[str, list[float]] = {}
     for kind, stats in (("harmful", harmful), ("harmless", harmless)):
         spread = np.sqrt(stats.m2[:, index] @ unit**2 / max(1, stats.count - 1))

@@ -32,7 +32,8 @@ class Along:
 
     `share` `[n]` is the root mean square over layers and template tokens of `‖r̂ᵀh‖ / ‖h‖`: zero where nothing writes
     along `r̂`, √(k/d_model) what k random directions show. `component` `[n_layers, n]` is `r̂ᵀh` after every block at
-    the direction's own position; empty, `[0, n]`, for several directions, or one of no position that all prompts share.
+    the direction's own position, of several directions the first one's; empty, `[0, n]`, where there is no position
+    that all prompts share.
     """
 
     share: Float64Array
@@ -42,7 +43,7 @@ class Along:
 def place(direction: Direction, n_positions: int) -> int | None:
     """The position at which single prompts are looked at: the direction's, if it is one of the last `n_positions`."""
     position = direction.position
-    return position if position is not None and -position <= n_positions and direction.vector.ndim == 1 else None
+    return position if position is not None and -position <= n_positions else None
 
 
 def along(

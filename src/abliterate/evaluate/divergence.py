@@ -15,7 +15,7 @@ from abliterate.evaluate.intervals import Interval, bootstrap
 from abliterate.model.batches import Batch, batches, pad_left
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
-from abliterate.model.run import forward, kl_divergence, log_probs
+from abliterate.model.run import Change, forward, kl_divergence, log_probs, unchanged
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -62,8 +62,11 @@ def divergence(
     continuations: list[list[int]],
     batch_size: int,
     progress: Progress = silent,
+    change: Change = unchanged,
 ) -> Divergence:
     """KL(base‖other) and −log p along `continuations`, the base's own answers to `prompts` (token ids).
+
+    `change` is entered while `other` runs, which may then be the base itself.
 
     KL is `Σ_t p(t) (log p(t) − log q(t))` from float32 log-softmax over the whole vocabulary, at the
     first answer token and averaged over all answer tokens given.
@@ -73,7 +76,7 @@ def divergence(
     # The logits of a whole vocabulary at every answer token are the largest thing here: keep batches small.
     size = max(1, batch_size // 8)
     base_passes = forward(base, batches(base, rows, size, keep), tokens=keep, progress=progress)
-    other_passes = forward(other, batches(other, rows, size, keep), tokens=keep, progress=progress)
+    other_passes = forward(other, batches(other, rows, size, keep), tokens=keep, change=change, progress=progress)
     again = spread([i for batch in batches(base, rows, size, keep) for i in batch.indices])
     lone_passes = forward(base, lone(base, rows, again), tokens=keep, progress=progress)
     for (first, logits), (_, others) in zip(base_passes, other_passes, strict=True):

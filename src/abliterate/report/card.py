@@ -45,6 +45,9 @@ Use it for research, with safeguards of your own.
 
 {% if r.direction.layer is none %}
 - direction: {{ r.direction.method }}, {{ strengths }}
+{% elif places %}
+- {{ places|length }} directions, differences of means, each found with those before it ablated:
+  {{ places|join("; ") }}; {{ strengths }}
 {% else %}
 - direction: difference of means at layer {{ r.direction.layer }}, position {{ r.direction.position }},
   {{ "turned by gradient, " if r.tuned }}{{ strengths }}
@@ -109,5 +112,6 @@ def model_card(record: RunRecord, name: str) -> str:
         settled=settled(record.charts).capitalize(), adapter=record.resolved["format"] == "adapter",
         more=rate is not None and rate["edited"] > rate["base"],
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
+        places=[f"layer {p['layer']}, position {p['position']}" for p in record.direction.get("parts", ())],
         carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},
     )  # fmt: skip

@@ -68,9 +68,10 @@ def lead(record: RunRecord) -> str:
     else:
         layers = record.resolved.get("n_layers")
         of = f" (of 0 to {layers - 1})" if layers else ""
-        found = (
-            f"The refusal direction found at layer {where['layer']}{of}, position {panels.minus(where['position'])},"
-        )
+        what = "The refusal direction"
+        if where.get("rank", 1) > 1:
+            what = f"The span of {where['rank']} refusal directions, the first"
+        found = f"{what} found at layer {where['layer']}{of}, position {panels.minus(where['position'])},"
     if not record.edits:
         return f"{found} is chosen for {model}; no weight has been edited yet."
     adapter = record.resolved.get("format") == "adapter"
@@ -117,13 +118,14 @@ def sections(record: RunRecord, unfinished: bool) -> list[Section]:
     def section(name: str, title: str, why: str, *found: Panel | None, wide: bool = True) -> Section:
         return Section(name, title, [p for p in found if p is not None], old.format(why), wide)
 
+    which = "first direction" if r.direction.get("rank", 1) > 1 else "direction"
     earlier = "it was made by an edit alone, or by an earlier version"
     return [
         section("result", "Before and after", "nothing was measured", measured.before_after(r)),
         section("direction", "Where the direction was found", earlier, panels.separation(r), panels.fall(r),
                 panels.finalists(r), panels.controls(r)),
         section("front", "What tuning passed", r.front.get("why_not") or earlier, panels.front(r)),
-        section("along", "Both sets along the direction", earlier, panels.projected(r), single_prompts(r)),
+        section("along", f"Both sets along the {which}", earlier, panels.projected(r), single_prompts(r)),
         section("weights", "What was added to the weights" if r.strengthens else "What was taken out of the weights",
                 "nothing was edited", panels.removed(r),
                 panels.leaks(r)),

@@ -62,8 +62,11 @@ def print_direction(console: Console, direction: dict[str, Any], max_kl: float) 
     if direction["layer"] is None:
         say(console, Text.assemble(("direction", "bold"), f" {direction['method']}"))
         return
-    where = f"layer {direction['layer']}, position {direction['position']}"
-    say(console, Text.assemble(("direction", "bold"), f" {where}: {_scores(direction['scores'])}"))
+    for part in direction.get("parts") or [direction]:
+        where = f"layer {part['layer']}, position {part['position']}"
+        say(console, Text.assemble(("direction", "bold"), f" {where}: {_scores(part['scores'])}"))
+    if stopped := direction.get("stopped"):
+        say(console, f"no more directions: {stopped}")
     if failed := broken_bounds(direction["scores"], max_kl):
         say(console, Text.assemble(("it fails the causal test:", "yellow"), f" {'; '.join(failed)}"))
 
@@ -96,6 +99,41 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
     seconds = sum(record.seconds.values())
     memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
     say(console, f"{output}: {seconds:.0f} s{memory}", style="dim")
+
+
+def print_resistance(console: Console, found: dict[str, Any]) -> None:
+    """The curve of refusals over the number of directions, found and random, and the figure that sums it up."""
+    titles = ("k", "refusals", "broken", "KL, first", "KL, along", "random: refusals", "KL")
+    rows = [("0", _share(found["base"]["refusals"]), str(found["base"]["broken"]), "–", "–", "", "")]
+    for p, q in zip(found["found"], found["random"], strict=True):
+        own = [f"{k[0]:.3f}{'*' if k[0] > found['max_kl'] else ''}" for k in (p["kl_first"], q["kl_first"])]
+        along = f"{p['kl_continuation'][0]:.3f}"
+        k, broken = (str(p[name]) for name in ("directions", "broken"))
+        rows.append((k, _share(p["refusals"]), broken, own[0], along, _share(q["refusals"]), own[1]))
+    print_table(console, titles, rows, ())
+    figure, control = found["resistance"], found["control"]
+    said = f" {_share(figure['survives'])} of {figure['of']} refusals, at k = {figure['directions']}"
+    say(console, Text.assemble(("resistance", "bold"), f"{said}; of random directions {_share(control['survives'])}"))
+    say(
+        console,
+        "k directions ablated everywhere, each found with those before it ablated. Resistance: of the requests that "
+        "the model declines, the least share that any k leaves without an answer (declined, or broken text) at a KL of "
+        f"the first token of {found['max_kl']:g} nats or less (* is above). Compare models at equal prompts, judge and "
+        "--max-kl. "
+        f"{_test_prompts(found)}",
+        style="dim",
+    )
+
+
+def _share(interval: list[float]) -> str:
+    return "{:.1%} [{:.1f}, {:.1f}]".format(interval[0], *(100 * bound for bound in interval[1:]))
+
+
+def _test_prompts(found: dict[str, Any]) -> str:
+    return (
+        f"95% intervals, on {found['base']['n']} harmful test prompts; KL (nats) on {found['answered']} harmless ones "
+        f"that the model answers, noise {found['noise']:.0e}. Judge: {found['judge']['name']}."
+    )
 
 
 def print_inspection(console: Console, found: dict[str, Any]) -> None:

@@ -1,0 +1,140 @@
+"""Step 2 as a whole: which direction, how strongly at which place, and whether it does more than any would.
+
+Owns what the modules of `direction` are handed from prompts and judgements; computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from abliterate import observe as observing
+from abliterate.activations.stats import ActivationStats
+from abliterate.contrast import candidates_again, causal_test, depth, named
+from abliterate.direction import choose as choosing
+from abliterate.direction import controls as controlling
+from abliterate.direction import several
+from abliterate.direction import tune as tuning
+from abliterate.direction.answers import Answered, answered
+from abliterate.direction.choose import Choice
+from abliterate.direction.direction import Direction, candidates, most_separated
+from abliterate.direction.front import Point
+from abliterate.direction.tune import Task
+from abliterate.edit.plan import EditPlan
+from abliterate.errors import UsageError
+from abliterate.model.load import ChatModel
+from abliterate.model.progress import Steps, no_steps
+from abliterate.observe import Observation
+from abliterate.options import Options
+from abliterate.prompts import PromptSet, Splits
+
+logger = logging.getLogger("abliterate")
+
+#: Tokens of the base's refusals and answers that strengths are tuned along.
+REFUSAL_TOKENS, ANSWER_TOKENS = 8, 24
+
+
+def select(
+    model: ChatModel,
+    plan: EditPlan,
+    stats: tuple[ActivationStats, ActivationStats],
+    observed: Observation,
+    harmful: Splits,
+    harmless: Splits,
+    options: Options,
+    steps: Steps = no_steps,
+) -> Choice:
+    """Step 2: the direction, by causal test on validation prompts, and the other candidates; or the one options name.
+
+    With `directions` above 1 as many behind it as are worth their place.
+
+    Raises:
+        UsageError: `layer` or `position` is not among the candidates.
+        VerifyError: no candidate passes the test.
+    """
+    found = named(stats, model.n_layers, options)
+    if not found:
+        asked = [f"--{n} {v}" for n, v in (("layer", options.layer), ("position", options.position)) if v is not None]
+        raise UsageError(
+            f"{' '.join(asked) or model.model.config.model_type}: nothing there tells harmful from harmless requests; "
+            f"layers are 0 to {model.n_layers - 1}, positions {stats[0].positions[0]} to -1"
+        )
+    if not observed.tokens:
+        why = "" if options.directions == 1 else "without refusals none can be tested"
+        return Choice(several.together([most_separated(found, *stats)], why), [], [])
+    # Tuned, an edit costs less than at full strength: the bound is for the result.
+    bound = options.max_kl if options.why_not_tuned else max(options.max_kl, Options().max_kl)
+    trial = causal_test(model, plan, observed, harmful, harmless, options, options.tested_strength)
+    if len(found) == 1:
+        first = Choice(choosing.measure(trial, found[0]), [], [])
+    else:
+        first = choosing.choose(trial, found, bound, steps)
+    again = candidates_again(model, plan, observed, harmful, harmless, options, steps)
+    choice = several.extended(trial, first, again, options.directions, bound, steps)
+    if choice.direction.stopped:
+        kept, most = choice.direction.rank, options.directions
+        logger.info("directions: %d of at most %d; %s", kept, most, choice.direction.stopped)
+    return choice
+
+
+def why_not_tuned(model: ChatModel, observed: Observation, options: Options) -> str | None:
+    """Why strengths cannot be tuned; None where they can."""
+    if model.weights is not None:
+        return "the model runs block by block"
+    return options.why_not_tuned or (None if observed.tokens else "no refusals were seen")
+
+
+def tune(
+    model: ChatModel,
+    plan: EditPlan,
+    chosen: Direction,
+    stats: tuple[ActivationStats, ActivationStats],
+    observed: Observation,
+    harmful: Splits,
+    harmless: Splits,
+    options: Options,
+    steps: Steps = no_steps,
+) -> list[Point]:
+    """Strengths and direction by gradient on train prompts: what was passed, measured on validation prompts.
+
+    The first point is `chosen` at strength 1 everywhere.
+    """
+    lose, keep = observing.contrast(observed, harmful, harmless)
+    kept = harmless.validation.take(observed.harmless_validation)
+    step = steps("reading answers", len(lose) + len(keep) + len(kept))
+
+    def said(prompts: PromptSet, tokens: int, distributions: bool = True) -> Answered:
+        rows = model.chat.encode(prompts.prompts)
+        return answered(model, rows, tokens, options.batch_size, step, distributions=distributions)
+
+    task = Task(
+        model, plan.sites, plan.places, observed.tokens,
+        lose=said(lose, REFUSAL_TOKENS, distributions=False), keep=said(keep, ANSWER_TOKENS),
+        declined=model.chat.encode(harmful.validation.take(observed.harmful_validation).prompts),
+        kept=said(kept, ANSWER_TOKENS),
+        count=lambda: len(observing.declined(model, harmful.validation, options.batch_size)),
+        asked=len(harmful.validation), batch_size=options.batch_size,
+    )  # fmt: skip
+    spanning = candidates(*stats, last_layer=depth(model.n_layers, options))
+    return tuning.tune(task, chosen, spanning, seed=options.seed, steps=steps)
+
+
+def controls(
+    model: ChatModel,
+    plan: EditPlan,
+    direction: Direction,
+    observed: Observation,
+    harmful: Splits,
+    harmless: Splits,
+    options: Options,
+    steps: Steps = no_steps,
+) -> dict[str, Any]:
+    """What directions that carry no refusal do with the plan's strengths; nothing where that cannot be told.
+
+    It cannot without refusal tokens, or without the layer of the direction.
+    """
+    if not observed.tokens or direction.layer is None:
+        return {}
+    trial = causal_test(model, plan, observed, harmful, harmless, options, options.strength)
+    _, answered = observing.contrast(observed, harmful, harmless)
+    return controlling.controls(trial, direction, answered, options.seed, steps)
