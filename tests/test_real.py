@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate
-from abliterate import steps
+from abliterate import roles, steps
 from abliterate.activations.collect import collect
 from abliterate.evaluate.refusals import ask
 from abliterate.model.generate import generate
@@ -59,7 +59,7 @@ def test_qwen_refuses_a_tenth_as_often_at_a_small_cost(qwen: Job) -> None:
     assert qwen.value("refusal_rate", "base") > 0.3
     assert qwen.value("refusal_rate", "edited") <= 0.1 * qwen.value("refusal_rate", "base")
     assert qwen.value("kl_first_token", "edited") <= 0.25
-    harmful, _ = steps.prompt_splits(Options())
+    harmful, _ = roles.prompt_splits(Options())
     edited = ask(steps.load(qwen.out, Options()), harmful.validation, 48, 32)
     base = ask(steps.load(QWEN, Options()), harmful.validation, 48, 32)
     assert len(base.refused) > 10 and len(edited.refused) <= 0.1 * len(base.refused)
@@ -92,7 +92,7 @@ def test_the_demo_declines_harmful_requests_alone_and_none_after_the_edit(demo: 
 def test_qwen_gives_block_by_block_what_transformers_gives_whole() -> None:
     if not QWEN.is_dir():
         pytest.skip(f"{QWEN} is not there; ../shared/fetch_real_model.py puts it there")
-    prompts = steps.prompt_splits(Options())[0].train.head(8)
+    prompts = roles.prompt_splits(Options())[0].train.head(8)
     whole, blocks = (load_model(QWEN, device="cpu", memory=memory) for memory in (None, 1 << 30))
     found = collect(blocks, prompts)
     states = [

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import abliterate
-from abliterate import pipeline, steps, verbs
+from abliterate import find, pipeline, steps, verbs
 from abliterate.checkpoint import open_checkpoint
 from abliterate.direction.direction import Direction
 from abliterate.errors import (
@@ -78,7 +78,7 @@ def test_the_record_has_every_metric_with_its_fields(finished: tuple[RunRecord, 
     fields = {"name", "prompts", "base", "base_low", "base_high", "edited", "low", "high", "n", "method"}
     assert all(set(m) == fields and m["n"] > 0 for m in stored["metrics"])
     assert RunRecord.load(out / "abliteration" / "run.json") == record
-    assert set(stored["seconds"]) == {"observe", "collect", "select", "controls", "edit", "evaluate"}
+    assert set(stored["seconds"]) == {"observe", "collect", "select", "tune", "controls", "edit", "evaluate"}
 
 
 def test_no_completion_and_no_prompt_is_kept(finished: tuple[RunRecord, Path], refusing: Refusing) -> None:
@@ -127,6 +127,10 @@ def test_a_second_run_gives_the_same_bytes(
     assert weights(tmp_path / "out") == weights(finished[1])
 
 
+#: Where the step of a run is called from.
+MODULES = {"write_edited": pipeline, "select": find, "controls": find}
+
+
 @pytest.mark.parametrize("step", ["observe", "collect_both", "select", "controls", "write_edited", "compare"])
 def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(
     step: str, finished: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,7 +140,7 @@ def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline if step == "write_edited" else steps, step, stop)
+        patch.setattr(MODULES.get(step, steps), step, stop)
         with pytest.raises(KeyboardInterrupt):
             abliterate.run(str(refusing.folder), out, **refusing.options)
     assert not out.exists() and (tmp_path / "out.partial").is_dir()
@@ -340,7 +344,9 @@ def test_a_model_of_another_layout_is_run_whole(tmp_path: Path) -> None:
 
     model = organism(tmp_path / "model", kind=GPT2Config)
     options = {"harmful": str(tmp_path / "harmful.txt"), "harmless": str(tmp_path / "harmless.txt")}
-    record = abliterate.run(str(model), tmp_path / "out", device="cpu", dtype="float32", max_kl=20.0, **options)
+    record = abliterate.run(
+        str(model), tmp_path / "out", device="cpu", dtype="float32", max_kl=20.0, tune=False, **options
+    )
     rate, leak = record.metric("refusal_rate"), record.metric("leak")
     assert rate is not None and rate["base"] > 0.9 and rate["edited"] < 0.1
     assert leak is not None and leak["base"] > 0.1 and leak["edited"] < 1e-4

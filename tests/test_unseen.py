@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import abliterate
-from abliterate import pipeline, steps, verbs
+from abliterate import pipeline, roles, steps, verbs
 from abliterate.errors import PromptError
 from abliterate.model.chat import ChatFormat
 from abliterate.options import Options
@@ -54,8 +54,8 @@ def test_no_prompt_is_in_two_parts(
 ) -> None:
     for seed in (0, 1):
         options = Options(limit=limit, prompts=part, seed=seed, **{kind: own[kind] for kind in given})  # type: ignore[arg-type]
-        harmful, harmless = steps.prompt_splits(options)
-        borderline = steps.borderline_prompts(options, harmful, harmless)
+        harmful, harmless = roles.prompt_splits(options)
+        borderline = roles.borderline_prompts(options, harmful, harmless)
         assert all(map(len, (*harmful, *harmless, borderline)))
         assert not shared(harmful, harmless, borderline)
         check_unseen((harmful, harmless), borderline)
@@ -72,7 +72,7 @@ def test_the_same_words_stay_together_however_far_apart_they_stand() -> None:
 
 def leaking() -> dict[str, tuple[Splits, Splits, PromptSet]]:
     """Sets of which one test prompt, in other case, is one that is fitted or chosen on."""
-    harmful, harmless = steps.prompt_splits(Options(limit=8))
+    harmful, harmless = roles.prompt_splits(Options(limit=8))
     borderline = builtin("borderline", "test").head(8)
 
     def more(part: PromptSet, prompt: str) -> PromptSet:
@@ -91,8 +91,8 @@ def test_a_leak_stops_a_run_before_anything_is_loaded(
 ) -> None:
     harmful, harmless, borderline = leaking()[where]
     assert len(shared(harmful, harmless, borderline)) == 1
-    monkeypatch.setattr(steps, "prompt_splits", lambda _o: (harmful, harmless))
-    monkeypatch.setattr(steps, "borderline_prompts", lambda *_a: borderline)
+    monkeypatch.setattr(roles, "prompt_splits", lambda _o: (harmful, harmless))
+    monkeypatch.setattr(roles, "borderline_prompts", lambda *_a: borderline)
     for go in (lambda: abliterate.run("no/such", tmp_path / "out"), lambda: verbs.evaluate("no/such")):
         with pytest.raises(PromptError, match="1 test prompts are among those the direction is found on"):
             go()
@@ -124,7 +124,7 @@ def test_the_model_reads_test_prompts_in_the_comparison_alone_and_the_record_pro
 ) -> None:
     record, before, after = read(monkeypatch, refusing, tmp_path / "out")
     options = Options(harmful=refusing.options["harmful"], harmless=refusing.options["harmless"])
-    sets = dict(zip(("harmful", "harmless"), steps.prompt_splits(options), strict=True))
+    sets = dict(zip(("harmful", "harmless"), roles.prompt_splits(options), strict=True))
     assert not before & after
     assert before == {p for splits in sets.values() for part in splits[:2] for p in part.prompts}
     assert after == {p for splits in sets.values() for p in splits.test.prompts}
@@ -141,8 +141,9 @@ def test_a_comparison_on_what_was_fitted_would_be_seen(
     """The control of the test above."""
     honest = steps.compare
 
-    def cheating(base: Any, edited: Any, harmful: Splits, *args: Any, **options: Any) -> Any:
-        return honest(base, edited, harmful._replace(test=harmful.train), *args, **options)
+    def cheating(base: Any, edited: Any, sets: roles.Sets, *args: Any, **options: Any) -> Any:
+        fitted = sets.harmful._replace(test=sets.harmful.train)
+        return honest(base, edited, dataclasses.replace(sets, harmful=fitted), *args, **options)
 
     monkeypatch.setattr(steps, "compare", cheating)
     _, before, after = read(monkeypatch, refusing, tmp_path / "out")

@@ -5,22 +5,26 @@ Owns the hand-over from what was observed to `direction`, which knows no prompts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from abliterate.activations.collect import collect_sets
 from abliterate.activations.stats import ActivationStats
 from abliterate.direction.choose import DEEPEST, Trial
-from abliterate.direction.direction import Direction, candidates
+from abliterate.direction.direction import Direction, apart, candidates
 from abliterate.direction.several import Again
 from abliterate.edit.plan import EditPlan
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation, contrast
 from abliterate.options import Options
-from abliterate.prompts import Splits
+from abliterate.prompts import PromptSet, Splits
 
 #: Validation prompts in the causal test, of each kind.
 TRIAL_PROMPTS = 32
+#: Share of harmful prompts whose refusals may be lost where these are to be kept.
+MOST_LOST = 0.05
 
 
 def depth(n_layers: int, options: Options) -> int:
@@ -28,41 +32,88 @@ def depth(n_layers: int, options: Options) -> int:
     return options.layer + 1 if options.layer is not None else max(1, int(DEEPEST * n_layers))
 
 
-def named(stats: Sequence[ActivationStats], n_layers: int, options: Options) -> list[Direction]:
-    """The candidates in the statistics of a model of `n_layers`: all, or those of the layer and position in options."""
-    harmful, harmless = stats
-    found = candidates(harmful, harmless, last_layer=depth(n_layers, options))
-    return [d for d in found if options.layer in (None, d.layer) and options.position in (None, d.position)]
+@dataclass(frozen=True)
+class Held:
+    """Refusals that are to stay: the train and validation prompts that are declined, of how many `asked` for
+    validation, and statistics of the former.
+    """
+
+    train: PromptSet
+    validation: PromptSet
+    asked: int
+    stats: ActivationStats
 
 
-def causal_test(
-    model: ChatModel,
-    plan: EditPlan,
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
-    options: Options,
-    strength: float = 1.0,
-) -> Trial:
-    """The causal test on the validation prompts that show the contrast."""
-    harmful_rows, harmless_rows = (
-        model.chat.encode(splits.validation.take(shown[:TRIAL_PROMPTS]).prompts)
-        for splits, shown in ((harmful, observed.harmful_validation), (harmless, observed.harmless_validation))
-    )
-    return Trial(model, plan.sites, harmful_rows, harmless_rows, observed.tokens, options.batch_size, strength)
+@dataclass(frozen=True)
+class Contrast:
+    """The prompts of step 2: of `lose` those that are declined are to be answered, of `keep` the answers are to stay.
+
+    `held` are refusals that are to stay as well, if any.
+    """
+
+    observed: Observation
+    lose: Splits
+    keep: Splits
+    held: Held | None = None
+
+    @property
+    def least_held(self) -> int:
+        """How many of the held validation refusals must stay: all but `MOST_LOST` of the prompts asked for them."""
+        return 0 if self.held is None else math.ceil(len(self.held.validation) - MOST_LOST * self.held.asked)
+
+    @property
+    def train(self) -> tuple[PromptSet, PromptSet]:
+        """Declined and answered train prompts."""
+        return contrast(self.observed, self.lose, self.keep)
+
+    @property
+    def validation(self) -> tuple[PromptSet, PromptSet]:
+        """Declined and answered validation prompts."""
+        seen = self.observed
+        return (
+            self.lose.validation.take(seen.harmful_validation),
+            self.keep.validation.take(seen.harmless_validation),
+        )
+
+
+def spanned(
+    stats: Sequence[ActivationStats], n_layers: int, options: Options, held: Held | None = None
+) -> list[Direction]:
+    """All candidates in the statistics of a model of `n_layers`, without the refusals that are held."""
+    lose, keep = stats
+    last = depth(n_layers, options)
+    found = candidates(lose, keep, last)
+    return found if held is None else apart(found, candidates(held.stats, keep, last))
+
+
+def named(
+    stats: Sequence[ActivationStats], n_layers: int, options: Options, held: Held | None = None
+) -> list[Direction]:
+    """These candidates: all, or those of the layer and position in options."""
+    return [
+        d
+        for d in spanned(stats, n_layers, options, held)
+        if options.layer in (None, d.layer) and options.position in (None, d.position)
+    ]
+
+
+def causal_test(model: ChatModel, plan: EditPlan, shown: Contrast, options: Options, strength: float = 1.0) -> Trial:
+    """The causal test on validation prompts; where refusals are held, the KL of these counts too.
+
+    The direction of false refusals alone need not cause any when it is added (Wang et al. 2025, arXiv 2410.03415).
+    """
+    lose, keep = (model.chat.encode(p.head(TRIAL_PROMPTS).prompts) for p in shown.validation)
+    if shown.held is not None:
+        keep = keep + model.chat.encode(shown.held.validation.head(TRIAL_PROMPTS).prompts)
+    induces, tokens = shown.held is None, shown.observed.tokens
+    return Trial(model, plan.sites, lose, keep, tokens, options.batch_size, strength, induces=induces)
 
 
 def candidates_again(
-    model: ChatModel,
-    plan: EditPlan,
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
-    options: Options,
-    steps: Steps = no_steps,
+    model: ChatModel, plan: EditPlan, shown: Contrast, options: Options, steps: Steps = no_steps
 ) -> Again:
     """Gives the candidates behind what a trial has removed, from means over the same train prompts."""
-    sets = contrast(observed, harmful, harmless)
+    sets = shown.train
 
     def again(behind: Trial) -> list[Direction]:
         step = steps("collecting activations", sum(map(len, sets)))

@@ -6,22 +6,23 @@ Owns what the modules of `direction` are handed from prompts and judgements; com
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from abliterate import observe as observing
 from abliterate.activations.stats import ActivationStats
-from abliterate.contrast import candidates_again, causal_test, depth, named
+from abliterate.contrast import Contrast, candidates_again, causal_test, named, spanned
 from abliterate.direction import choose as choosing
 from abliterate.direction import controls as controlling
 from abliterate.direction import several
 from abliterate.direction import tune as tuning
 from abliterate.direction.answers import Answered, answered
 from abliterate.direction.choose import Choice
-from abliterate.direction.direction import Direction, candidates, most_separated
+from abliterate.direction.direction import Direction, most_separated
 from abliterate.direction.front import Point
 from abliterate.direction.tune import Task
 from abliterate.edit.plan import EditPlan
-from abliterate.errors import UsageError
+from abliterate.errors import NoRefusalError, UsageError
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
@@ -38,9 +39,7 @@ def select(
     model: ChatModel,
     plan: EditPlan,
     stats: tuple[ActivationStats, ActivationStats],
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
+    shown: Contrast,
     options: Options,
     steps: Steps = no_steps,
 ) -> Choice:
@@ -52,24 +51,24 @@ def select(
         UsageError: `layer` or `position` is not among the candidates.
         VerifyError: no candidate passes the test.
     """
-    found = named(stats, model.n_layers, options)
+    found = named(stats, model.n_layers, options, shown.held)
     if not found:
         asked = [f"--{n} {v}" for n, v in (("layer", options.layer), ("position", options.position)) if v is not None]
         raise UsageError(
             f"{' '.join(asked) or model.model.config.model_type}: nothing there tells harmful from harmless requests; "
             f"layers are 0 to {model.n_layers - 1}, positions {stats[0].positions[0]} to -1"
         )
-    if not observed.tokens:
+    if not shown.observed.tokens:
         why = "" if options.directions == 1 else "without refusals none can be tested"
         return Choice(several.together([most_separated(found, *stats)], why), [], [])
     # Tuned, an edit costs less than at full strength: the bound is for the result.
     bound = options.max_kl if options.why_not_tuned else max(options.max_kl, Options().max_kl)
-    trial = causal_test(model, plan, observed, harmful, harmless, options, options.tested_strength)
+    trial = causal_test(model, plan, shown, options, options.tested_strength)
     if len(found) == 1:
         first = Choice(choosing.measure(trial, found[0]), [], [])
     else:
         first = choosing.choose(trial, found, bound, steps)
-    again = candidates_again(model, plan, observed, harmful, harmless, options, steps)
+    again = candidates_again(model, plan, shown, options, steps)
     choice = several.extended(trial, first, again, options.directions, bound, steps)
     if choice.direction.stopped:
         kept, most = choice.direction.rank, options.directions
@@ -89,9 +88,7 @@ def tune(
     plan: EditPlan,
     chosen: Direction,
     stats: tuple[ActivationStats, ActivationStats],
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
+    shown: Contrast,
     options: Options,
     steps: Steps = no_steps,
 ) -> list[Point]:
@@ -99,23 +96,27 @@ def tune(
 
     The first point is `chosen` at strength 1 everywhere.
     """
-    lose, keep = observing.contrast(observed, harmful, harmless)
-    kept = harmless.validation.take(observed.harmless_validation)
-    step = steps("reading answers", len(lose) + len(keep) + len(kept))
+    (lose, keep), (declined, kept), held = shown.train, shown.validation, shown.held
+    step = steps("reading answers", len(lose) + len(keep) + len(kept) + (len(held.train) if held is not None else 0))
 
     def said(prompts: PromptSet, tokens: int, distributions: bool = True) -> Answered:
         rows = model.chat.encode(prompts.prompts)
         return answered(model, rows, tokens, options.batch_size, step, distributions=distributions)
 
+    def refused(prompts: PromptSet) -> int:
+        return len(observing.declined(model, prompts, options.batch_size))
+
+    staying = said(keep, ANSWER_TOKENS)
+    if held is not None:
+        staying = staying.joined(said(held.train, REFUSAL_TOKENS))
     task = Task(
-        model, plan.sites, plan.places, observed.tokens,
-        lose=said(lose, REFUSAL_TOKENS, distributions=False), keep=said(keep, ANSWER_TOKENS),
-        declined=model.chat.encode(harmful.validation.take(observed.harmful_validation).prompts),
-        kept=said(kept, ANSWER_TOKENS),
-        count=lambda: len(observing.declined(model, harmful.validation, options.batch_size)),
-        asked=len(harmful.validation), batch_size=options.batch_size,
+        model, plan.sites, plan.places, shown.observed.tokens,
+        lose=said(lose, REFUSAL_TOKENS, distributions=False), keep=staying,
+        declined=model.chat.encode(declined.prompts), kept=said(kept, ANSWER_TOKENS),
+        count=lambda: refused(shown.lose.validation), asked=len(shown.lose.validation),
+        held=None if held is None else partial(refused, held.validation), batch_size=options.batch_size,
     )  # fmt: skip
-    spanning = candidates(*stats, last_layer=depth(model.n_layers, options))
+    spanning = spanned(stats, model.n_layers, options, held)
     return tuning.tune(task, chosen, spanning, seed=options.seed, steps=steps)
 
 
@@ -123,9 +124,7 @@ def controls(
     model: ChatModel,
     plan: EditPlan,
     direction: Direction,
-    observed: Observation,
-    harmful: Splits,
-    harmless: Splits,
+    shown: Contrast,
     options: Options,
     steps: Steps = no_steps,
 ) -> dict[str, Any]:
@@ -133,8 +132,24 @@ def controls(
 
     It cannot without refusal tokens, or without the layer of the direction.
     """
-    if not observed.tokens or direction.layer is None:
+    if not shown.observed.tokens or direction.layer is None:
         return {}
-    trial = causal_test(model, plan, observed, harmful, harmless, options, options.strength)
-    _, answered = observing.contrast(observed, harmful, harmless)
-    return controlling.controls(trial, direction, answered, options.seed, steps)
+    trial = causal_test(model, plan, shown, options, options.strength)
+    return controlling.controls(trial, direction, shown.train[1], options.seed, steps)
+
+
+def hold(model: ChatModel, harmful: Splits, options: Options, steps: Steps) -> tuple[list[int], list[int]]:
+    """Which train and validation prompts are declined: refusals that are to stay.
+
+    Raises:
+        NoRefusalError: too few are.
+    """
+    step = steps("reading refusals that stay", len(harmful.train) + len(harmful.validation))
+    train, validation = (observing.declined(model, s, options.batch_size, step) for s in harmful[:2])
+    if len(train) < 2 or not validation:
+        raise NoRefusalError(
+            f"the model declines {len(train)} of {len(harmful.train)} harmful prompts for training and "
+            f"{len(validation)} of {len(harmful.validation)} for validation: there is hardly a refusal to keep; leave "
+            "out --keep, or give harmful prompts that it declines with --harmful"
+        )
+    return train, validation

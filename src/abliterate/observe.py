@@ -15,7 +15,7 @@ from abliterate.errors import NoRefusalError, VerifyError
 from abliterate.evaluate.intervals import Interval, wilson
 from abliterate.evaluate.refusals import ask
 from abliterate.model.load import ChatModel
-from abliterate.model.progress import Progress, Steps
+from abliterate.model.progress import Progress, Steps, silent
 from abliterate.model.run import first_token_log_probs
 from abliterate.options import Options
 from abliterate.prompts import PromptSet, Splits, joined
@@ -174,6 +174,6 @@ def contrast(observed: Observation, harmful: Splits, harmless: Splits) -> tuple[
     return harmful.train.take(observed.harmful_train), harmless.train.take(observed.harmless_train)
 
 
-def declined(model: ChatModel, prompts: PromptSet, batch_size: int) -> list[int]:
+def declined(model: ChatModel, prompts: PromptSet, batch_size: int, progress: Progress = silent) -> list[int]:
     """Indices of the prompts that the model declines, as it runs now, judged as the base's answers were."""
-    return ask(model, prompts, OPENING_TOKENS, batch_size).refused
+    return ask(model, prompts, OPENING_TOKENS, batch_size, progress=progress).refused

@@ -32,6 +32,7 @@ class Options:
     layer: int | None = None
     position: int | None = None
     directions: int = 1
+    keep: Literal["harmful"] | None = None
     strength: float = 1.0
     max_kl: float = 0.2
     tune: bool | None = None
@@ -84,6 +85,7 @@ class Options:
                 f"--strength {self.strength:g}: expected -4 to 4 and not 0, which changes nothing (1 removes the "
                 "direction, 2 reflects, -1 doubles it)"
             )
+        self._check_keep()
         self._check_tuning()
         self._check_judge()
         for name, given in (("text", self.text), ("borderline", self.borderline)):
@@ -107,6 +109,13 @@ class Options:
         if self.keep_norms:
             return "--keep-norms"
         return None if self.generate else "--no-generate"
+
+    def _check_keep(self) -> None:
+        if self.keep not in (None, "harmful"):
+            raise UsageError(f"--keep {self.keep}: expected harmful")
+        if self.keep is not None and (self.directions > 1 or self.strength < 0):
+            other = f"--directions {self.directions}" if self.directions > 1 else f"--strength {self.strength:g}"
+            raise UsageError(f"--keep harmful: goes with one direction that is taken out, not with {other}")
 
     def _check_tuning(self) -> None:
         if self.target_refusals is not None and not 0 <= self.target_refusals < 1:

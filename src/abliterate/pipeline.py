@@ -13,10 +13,11 @@ from typing import Any
 
 from abliterate import find
 from abliterate import steps as step
+from abliterate.activations.collect import collect_sets
 from abliterate.activations.stats import ActivationStats
 from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
-from abliterate.contrast import depth
+from abliterate.contrast import Contrast, Held, depth
 from abliterate.direction.direction import Direction
 from abliterate.direction.front import Point, pick
 from abliterate.direction.profile import profile
@@ -29,8 +30,8 @@ from abliterate.model.memory import peak_memory
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options
-from abliterate.prompts import PromptSet, Splits, check_unseen
 from abliterate.report.record import RunRecord
+from abliterate.roles import Sets, described, prompt_sets
 from abliterate.workspace import Workspace, check_output
 
 
@@ -47,9 +48,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
     check_output(out, None)
-    harmful, harmless = step.prompt_splits(chosen)
-    borderline = step.borderline_prompts(chosen, harmful, harmless)
-    check_unseen((harmful, harmless), borderline)
+    sets = prompt_sets(chosen)
     load_text(chosen.text)  # one that cannot be read, and a judge that may not judge, show before hours of work
     source = find_model(model)
     check_output(out, source)
@@ -59,13 +58,15 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     require_room(out, checkpoint)
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     judge = step.pick_judge(chosen, steps)
-    settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _describe(harmful, harmless)}
+    settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _fitted(sets, chosen)}
     settings["asked"] = step.asked_of(chosen)
     # Going on after "there is no refusal", without the comparison or with another one is a resume like any other.
-    for name in ("force", "evaluate", "memory", "borderline", "judge", "judge_model", "text", "target_refusals"):
+    for name in ("force", "evaluate", "memory", "judge", "judge_model", "text", "target_refusals"):
         del settings[name]
+    if chosen.keep is None:
+        del settings["borderline"]
     with Workspace(out, source, settings, resume) as work:
-        this = _Run(model, checkpoint, plan, harmful, harmless, borderline, chosen, work, judge, steps, memory)
+        this = _Run(model, checkpoint, plan, sets, chosen, work, judge, steps, memory)
         given = {"model": model, "output": str(output), "resume": resume, **options}
         try:
             work.write("given", given)
@@ -84,9 +85,7 @@ class _Run:
     name: str
     checkpoint: Checkpoint
     plan: EditPlan
-    harmful: Splits
-    harmless: Splits
-    borderline: PromptSet
+    sets: Sets
     options: Options
     work: Workspace
     judge: Judge
@@ -121,7 +120,8 @@ class _Run:
         o = self.options
 
         def compute() -> dict[str, Any]:
-            return step.observe(self.base, self.checkpoint, self.harmful, self.harmless, o, self.steps).as_dict
+            sets = self.sets
+            return step.observe(self.base, self.checkpoint, sets.lose, sets.harmless, o, self.steps).as_dict
 
         found = self.step("observe", compute)
         try:
@@ -140,8 +140,8 @@ class _Run:
                 self.base,
                 self.checkpoint,
                 observed,
-                self.harmful,
-                self.harmless,
+                self.sets.lose,
+                self.sets.harmless,
                 o,
                 self.steps,
                 n_layers,
@@ -154,16 +154,41 @@ class _Run:
         first, second = map(ActivationStats.load, paths)
         return first, second
 
+    def contrast(self, observed: Observation) -> Contrast:
+        """What is to go and what is to stay; with `--keep harmful` the true refusals that are to stay as well."""
+        sets, path = self.sets, self.work.steps / "held.safetensors"
+        if self.options.keep is None:
+            return Contrast(observed, sets.lose, sets.harmless)
+
+        def compute() -> list[list[int]]:
+            held = find.hold(self.base, sets.harmful, self.options, self.steps)
+            n_layers = depth(self.checkpoint.n_layers, self.options)
+            prompts = sets.harmful.train.take(held[0])
+            step = self.steps("collecting activations", len(prompts))
+            (stats,) = collect_sets(
+                self.base, (prompts,), self.options.batch_size, model_fingerprint=self.checkpoint.fingerprint,
+                n_layers=n_layers, progress=step,
+            )  # fmt: skip
+            stats.save(path)
+            return list(held)
+
+        found = self.step("hold", compute)
+        train, validation = (part.take(i) for part, i in zip(sets.harmful, found, strict=False))
+        return Contrast(
+            observed,
+            sets.lose,
+            sets.harmless,
+            Held(train, validation, len(sets.harmful.validation), ActivationStats.load(path)),
+        )
+
     def select(
-        self, observed: Observation, stats: tuple[ActivationStats, ActivationStats]
+        self, shown: Contrast, stats: tuple[ActivationStats, ActivationStats]
     ) -> tuple[Direction, dict[str, Any]]:
         """Step 2: the direction; what the finalists scored, and tables of all candidates."""
         path = self.work.steps / "selected.safetensors"
 
         def compute() -> dict[str, Any]:
-            choice = find.select(
-                self.base, self.plan, stats, observed, self.harmful, self.harmless, self.options, self.steps
-            )
+            choice = find.select(self.base, self.plan, stats, shown, self.options, self.steps)
             choice.direction.save(path)
             charts = profile(choice.direction, *stats, choice.tried)
             return {"finalists": [d.where for d in choice.finalists], "charts": charts}
@@ -174,7 +199,7 @@ class _Run:
         return Direction.load(path), found
 
     def tune(
-        self, observed: Observation, stats: tuple[ActivationStats, ActivationStats], chosen: Direction
+        self, shown: Contrast, stats: tuple[ActivationStats, ActivationStats], chosen: Direction
     ) -> tuple[Direction, dict[str, Any]]:
         """The direction with strengths of its own for every place, picked from the front, and the front's figures.
 
@@ -182,11 +207,9 @@ class _Run:
         """
 
         def compute() -> dict[str, Any]:
-            if why_not := find.why_not_tuned(self.base, observed, self.options):
+            if why_not := find.why_not_tuned(self.base, shown.observed, self.options):
                 return {"why_not": why_not, "points": []}
-            found = find.tune(
-                self.base, self.plan, chosen, stats, observed, self.harmful, self.harmless, self.options, self.steps
-            )
+            found = find.tune(self.base, self.plan, chosen, stats, shown, self.options, self.steps)
             for i, point in enumerate(found):
                 point.direction.save(self.work.steps / f"tuned-{i}.safetensors")
             return {"why_not": None, "points": [point.figures for point in found]}
@@ -195,26 +218,24 @@ class _Run:
         if not isinstance(found, dict) or found.keys() != {"why_not", "points"}:
             raise self.work.damaged("tune.json")
         direction, picked, rule = chosen, None, None
+        base_refused = len(shown.observed.harmful_validation)
         if found["points"]:
             each = [
                 Point(Direction.load(self.work.steps / f"tuned-{i}.safetensors"), **figures)
                 for i, figures in enumerate(found["points"])
             ]
             point, rule = pick(
-                each, each[0], len(observed.harmful_validation), self.options.max_kl, self.options.target_refusals
+                each, each[0], base_refused, self.options.max_kl, self.options.target_refusals, shown.least_held
             )
             direction, picked = point.direction, each.index(point)
         direction.save(self.work.records / "directions.safetensors")
-        return direction, found | {"picked": picked, "rule": rule, "base_refused": len(observed.harmful_validation)}
+        return direction, found | {"picked": picked, "rule": rule, "base_refused": base_refused}
 
-    def controls(self, observed: Observation, direction: Direction) -> dict[str, Any]:
+    def controls(self, shown: Contrast, direction: Direction) -> dict[str, Any]:
         """What other directions do at the same strengths."""
-        plan = self.plan.weighted(direction.strengths)
 
         def compute() -> dict[str, Any]:
-            return find.controls(
-                self.base, plan, direction, observed, self.harmful, self.harmless, self.options, self.steps
-            )
+            return find.controls(self.base, self.plan, direction, shown, self.options, self.steps)
 
         found: dict[str, Any] = self.step("controls", compute)
         return found
@@ -241,16 +262,18 @@ class _Run:
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
         if not self.options.evaluate:
-            return {"metrics": [], "verdicts": {}, "charts": {}, "judge": {}, "borderline": _described(self.borderline)}
+            return {
+                "metrics": [],
+                "verdicts": {},
+                "charts": {},
+                "judge": {},
+                "borderline": described(self.sets.borderline),
+            }
 
         def compute() -> dict[str, Any]:
             edited = self.edited()
-            found = step.compare(
-                self.base, edited, self.harmful, self.harmless, self.borderline, self.options, direction, tokens,
-                self.judge,
-                self.steps,
-            )  # fmt: skip
-            return asdict(found) | {"borderline": _described(self.borderline)}
+            found = step.compare(self.base, edited, self.sets, self.options, direction, tokens, self.judge, self.steps)
+            return asdict(found) | {"borderline": described(self.sets.borderline)}
 
         found: dict[str, Any] = self.step("evaluate", compute)
         if "borderline" not in found:
@@ -261,10 +284,11 @@ class _Run:
         """All steps in order, and their record."""
         observed = self.observe()
         stats = self.collect(observed)
-        chosen, choice = self.select(observed, stats)
-        direction, tuned = self.tune(observed, stats, chosen)
+        shown = self.contrast(observed)
+        chosen, choice = self.select(shown, stats)
+        direction, tuned = self.tune(shown, stats, chosen)
         self.plan = self.plan.weighted(direction.strengths)
-        controls = self.controls(observed, direction)
+        controls = self.controls(shown, direction)
         edits = self.edit(direction)
         evaluation = self.evaluate(direction, observed.tokens)
         device = pick_device(self.options.device)
@@ -279,7 +303,7 @@ class _Run:
             model_fingerprint=self.checkpoint.fingerprint,
             given=given,
             resolved=resolved,
-            prompts=_describe(self.harmful, self.harmless) | {"borderline": {"test": evaluation["borderline"]}},
+            prompts=_measured(self.sets, evaluation["borderline"]),
             direction=direction.where | {"rank": direction.rank},
             edits=edits,
             kept=self.plan.kept,
@@ -299,13 +323,16 @@ class _Run:
         )
 
 
-def _describe(harmful: Splits, harmless: Splits) -> dict[str, Any]:
-    """Name, size and hash of every part of both sets that a run is fitted on."""
-    return {
-        kind: {part: _described(prompts) for part, prompts in splits._asdict().items()}
-        for kind, splits in (("harmful", harmful), ("harmless", harmless))
-    }
+def _fitted(sets: Sets, options: Options) -> dict[str, Any]:
+    """What is fitted and chosen on, and measured: a resumed run may name other borderline prompts to measure on."""
+    found = sets.described
+    if options.keep is None:
+        del found["borderline"]
+    return found
 
 
-def _described(prompts: PromptSet) -> dict[str, Any]:
-    return {"name": prompts.name, "n": len(prompts), "sha256": prompts.sha256}
+def _measured(sets: Sets, borderline: dict[str, Any]) -> dict[str, Any]:
+    """All sets, with the borderline prompts that were measured, by an earlier part of this run perhaps."""
+    found = sets.described
+    found["borderline"]["test"] = borderline
+    return found

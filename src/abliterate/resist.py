@@ -11,7 +11,7 @@ from typing import Any
 from abliterate import steps as step
 from abliterate.at_rest import find_model
 from abliterate.checkpoint import open_checkpoint
-from abliterate.contrast import candidates_again, causal_test
+from abliterate.contrast import Contrast, candidates_again, causal_test
 from abliterate.direction.several import basis, chain, told
 from abliterate.edit.plan import plan_edit
 from abliterate.envelope import enveloped
@@ -19,6 +19,7 @@ from abliterate.errors import VerifyError
 from abliterate.evaluate.resistance import COUNTS, Resistance, Survival
 from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options
+from abliterate.roles import prompt_splits
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def resist(model: str, *, directions: int = max(COUNTS), steps: Steps = no_steps
     """
     chosen = Options(directions=directions, **options)
     chosen.check()
-    harmful, harmless = step.prompt_splits(chosen)
+    harmful, harmless = prompt_splits(chosen)
     source = find_model(model)
     checkpoint = open_checkpoint(source)
     plan = plan_edit(checkpoint, chosen.embeddings)
@@ -58,8 +59,8 @@ def resist(model: str, *, directions: int = max(COUNTS), steps: Steps = no_steps
     judge = step.pick_judge(chosen, steps)
     loaded = step.load(source, chosen, memory)
     observed = step.observe(loaded, checkpoint, harmful, harmless, chosen, steps)
-    shown = loaded, plan, observed, harmful, harmless, chosen
-    found = chain(causal_test(*shown), candidates_again(*shown, steps), chosen.directions, chosen.max_kl, steps)
+    given = loaded, plan, Contrast(observed, harmful, harmless), chosen
+    found = chain(causal_test(*given), candidates_again(*given, steps), chosen.directions, chosen.max_kl, steps)
     if not found:
         raise VerifyError(f"{model}: at no layer and position do harmful and harmless requests differ")
     asked = Survival(

@@ -19,7 +19,7 @@ from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction.direction import Direction
-from abliterate.errors import PromptError, UsageError, VerifyError
+from abliterate.errors import UsageError, VerifyError
 from abliterate.evaluate.agreement import agreed
 from abliterate.evaluate.classifier import CLASSIFIER
 from abliterate.evaluate.endpoint import connect
@@ -31,45 +31,11 @@ from abliterate.model.load import ChatModel, load_model, pick_device, pick_dtype
 from abliterate.model.memory import available, fits_whole, need
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
-from abliterate.options import LIMITS, Options, parse_bytes, parse_part
-from abliterate.prompts import PromptSet, Splits, check_contrast, load_prompts, split
-from abliterate.prompts.load import Kind, builtin, builtin_splits
-from abliterate.prompts.promptset import words
+from abliterate.options import Options, parse_bytes
+from abliterate.prompts import Splits
+from abliterate.roles import Sets, prompt_splits
 
 logger = logging.getLogger("abliterate")
-
-
-def prompt_splits(options: Options) -> tuple[Splits, Splits]:
-    """The harmful and the harmless set, split and limited.
-
-    Raises:
-        PromptError: a set is empty, unreadable, too small, or the two do not contrast.
-    """
-
-    def one(source: str | None, kind: Kind) -> Splits:
-        if source is None:
-            return builtin_splits(kind)
-        return split(load_prompts(source), options.seed)
-
-    harmful, harmless = one(options.harmful, "harmful"), one(options.harmless, "harmless")
-    check_contrast(harmful.whole, harmless.whole)
-    return limited(harmful, options), limited(harmless, options)
-
-
-def borderline_prompts(options: Options, *fitted: Splits) -> PromptSet:
-    """The borderline requests: the built-in ones for testing, or all of a person's own, as nothing is fitted on them.
-
-    Requests that another set uses to find or choose a direction are left out.
-
-    Raises:
-        PromptError: unreadable, or none is left.
-    """
-    given = builtin("borderline", "test") if options.borderline is None else load_prompts(options.borderline)
-    seen = {words(p) for splits in fitted for part in (splits.train, splits.validation) for p in part.prompts}
-    kept = [i for i, p in enumerate(given.prompts) if words(p) not in seen]
-    if not kept:
-        raise PromptError(f"{given.name}: the direction is found on every prompt in it; give others with --borderline")
-    return given.take(kept).head(options.limit or (LIMITS["test"] if options.borderline is None else None))
 
 
 def asked_of(options: Options) -> dict[str, str]:
@@ -88,15 +54,6 @@ def asked_of(options: Options) -> dict[str, str]:
         except OSError as error:
             raise UsageError(f"--chat-template {options.chat_template}: cannot be read ({error.strerror})") from None
     return found
-
-
-def limited(splits: Splits, options: Options) -> Splits:
-    """At most `--limit` prompts of each split, or as many as `LIMITS` says; of these `--prompts`."""
-    heads = [part.head(options.limit or LIMITS[name]) for name, part in splits._asdict().items()]
-    if options.prompts is not None:
-        part, of = parse_part(options.prompts)
-        heads = [head.take(list(range(part, len(head), of))) for head in heads]
-    return Splits(*heads)
 
 
 def load(folder: Path, options: Options, memory: int | None = None, adapter: Path | None = None) -> ChatModel:
@@ -242,9 +199,7 @@ def pick_judge(options: Options, steps: Steps = no_steps) -> Judge:
 def compare(
     base: ChatModel | None,
     edited: ChatModel,
-    harmful: Splits,
-    harmless: Splits,
-    borderline: PromptSet,
+    sets: Sets,
     options: Options,
     direction: Direction | None,
     tokens: list[int],
@@ -259,7 +214,9 @@ def compare(
         UsageError: the text to be read is none.
     """
     text = load_text(options.text)
-    asked = Questions(harmful.test, harmless.test, borderline, options.max_new_tokens, options.batch_size, judge, text)
+    asked = Questions(
+        sets.harmful.test, sets.harmless.test, sets.borderline, options.max_new_tokens, options.batch_size, judge, text
+    )
     if base is None:
         return evaluate_alone(edited, asked, steps)
     if not options.generate:

@@ -20,6 +20,7 @@ from abliterate.benchmark.bench import MARGIN, Benchmarks, benchmarks, score_bot
 from abliterate.benchmark.harness import BUILT_IN, Harness
 from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.folder import RECORDS
+from abliterate.contrast import Contrast
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
 from abliterate.envelope import enveloped, json_text
@@ -29,9 +30,9 @@ from abliterate.evaluate.text import load_text
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
-from abliterate.prompts import check_unseen
 from abliterate.resist import resist
 from abliterate.results import report
+from abliterate.roles import prompt_sets, prompt_splits
 from abliterate.workspace import Workspace, check_output, writable
 
 __all__ = [
@@ -108,7 +109,7 @@ def collect(
     """
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
-    harmful, harmless = step.prompt_splits(chosen)
+    harmful, harmless = prompt_splits(chosen)
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
@@ -190,7 +191,7 @@ def select(
     collected, out = Collected.load(Path(activations)), Path(output).expanduser()
     chosen = Options(**(options | collected.options), tune=False)
     chosen.check()
-    harmful, harmless = step.prompt_splits(chosen)
+    harmful, harmless = prompt_splits(chosen)
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
@@ -203,7 +204,7 @@ def select(
     writable(out)
     loaded = step.load(source, chosen, step.bounded_memory([checkpoint], chosen))
     stats = (collected.harmful, collected.harmless)
-    choice = find.select(loaded, plan, stats, collected.observed, harmful, harmless, chosen, steps)
+    choice = find.select(loaded, plan, stats, Contrast(collected.observed, harmful, harmless), chosen, steps)
     choice.direction.save(out)
     return choice.direction
 
@@ -220,9 +221,7 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     chosen.check()
     if base is None and not chosen.generate:
         raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
-    harmful, harmless = step.prompt_splits(chosen)
-    borderline = step.borderline_prompts(chosen, harmful, harmless)
-    check_unseen((harmful, harmless), borderline)
+    sets = prompt_sets(chosen)
     load_text(chosen.text)  # one that cannot be read shows before the models are loaded
     folders = [find_model(m) for m in (model, base) if m is not None]
     checkpoints = [open_checkpoint(folder) for folder in folders]
@@ -232,10 +231,10 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     judge = step.pick_judge(chosen, steps)
     models = [step.load(folder, chosen, memory) for folder in folders]
     for loaded, checkpoint in zip(models, checkpoints, strict=True):
-        step.check_runs(loaded, checkpoint, harmful)
+        step.check_runs(loaded, checkpoint, sets.harmful)
     edited, *rest = models
     before = rest[0] if rest else None
-    return step.compare(before, edited, harmful, harmless, borderline, chosen, direction, [], judge, steps)
+    return step.compare(before, edited, sets, chosen, direction, [], judge, steps)
 
 
 def bench(

@@ -144,11 +144,11 @@ def test_without_refusal_tokens_nothing_is_tried(
     finished: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import abliterate
-    from abliterate import steps
+    from abliterate import find
 
     def never(*_a: object, **_k: object) -> Callable[..., None]:
         raise AssertionError("controls were tried")
 
-    monkeypatch.setattr(steps.controlling, "controls", never)
+    monkeypatch.setattr(find.controlling, "controls", never)
     record = abliterate.run(str(finished[1]), tmp_path / "out", force=True, evaluate=False, **refusing.options)
     assert record.controls == {}

@@ -189,7 +189,7 @@ def test_batched_candidates_score_what_they_score_alone(
 def test_the_bounds_are_tested_no_further_than_the_first_that_passes(
     trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choosing, "CERTAIN", -1e6)
+    monkeypatch.setattr(choosing, "_CERTAIN", -1e6)
     monkeypatch.setattr(choosing, "_pick", lambda tested, _max_kl: tested[-1])
     found, scored, tried = choose(trial, some(8), 100.0)
     assert found is scored[0] and set(found.scores) > {"added", "rise", "kl"}

@@ -13,6 +13,7 @@ import abliterate
 from abliterate import find
 from abliterate import steps as step
 from abliterate.checkpoint import open_checkpoint
+from abliterate.contrast import Contrast
 from abliterate.direction.answers import answered, divergence_along
 from abliterate.direction.direction import Direction, candidates
 from abliterate.direction.tune import Recipe, Task, tune
@@ -23,6 +24,7 @@ from abliterate.model.run import kl_divergence
 from abliterate.observe import observe
 from abliterate.options import Options
 from abliterate.report.record import RunRecord
+from abliterate.roles import prompt_splits
 from tests.conftest import Refusing
 
 QUICK = Recipe(rates=(20.0,), steps=3, batch=6)
@@ -43,10 +45,10 @@ def given_(refusing: Refusing) -> _Given:
     options = Options(**refusing.options)
     checkpoint = open_checkpoint(refusing.folder)
     plan, model = plan_edit(checkpoint), step.load(refusing.folder, options)
-    harmful, harmless = step.prompt_splits(options)
+    harmful, harmless = prompt_splits(options)
     seen = observe(model, harmful, harmless, options, step.no_steps)
     stats = step.collect_both(model, checkpoint, seen, harmful, harmless, options)
-    chosen = find.select(model, plan, stats, seen, harmful, harmless, options).direction
+    chosen = find.select(model, plan, stats, Contrast(seen, harmful, harmless), options).direction
     rows = model.chat.encode
     lose = answered(model, rows(harmful.train.take(seen.harmful_train).prompts), 8, 32)
     keep = answered(model, rows(harmless.train.take(seen.harmless_train).prompts), 8, 32, distributions=True)

@@ -28,7 +28,7 @@ from abliterate.report.card import model_card
 from abliterate.report.figures import COLUMNS
 from abliterate.report.record import RunRecord
 from abliterate.report.table import print_metrics
-from abliterate.steps import borderline_prompts, prompt_splits
+from abliterate.roles import borderline_prompts, prompt_splits
 from tests.conftest import Refusing
 
 Tiny = Callable[..., Path]

@@ -21,7 +21,7 @@ from abliterate.model.load import load_model
 from abliterate.options import Options
 from abliterate.report.record import RunRecord
 from abliterate.resist import Resisted
-from abliterate.steps import prompt_splits
+from abliterate.roles import prompt_splits
 from tests.cli.test_main import run_here
 from tests.conftest import Refusing
 

@@ -179,6 +179,15 @@ Directions = Annotated[
 MaxKl = Annotated[
     float, typer.Option(help="Most KL(base‖edited) at the first token of harmless prompts that an edit may cost, nats.")
 ]
+Keep = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="harmful",
+        help="Keep true refusals: what goes is the direction of false ones, of borderline requests, without that of "
+        "true ones in it.",
+        show_default="none",
+    ),
+]
 Tune = Annotated[
     Optional[bool],
     typer.Option(

@@ -41,6 +41,10 @@ class Answered:
         """How many of each row's last positions say something about the answer."""
         return max(map(len, self.answers)) + 1
 
+    def joined(self, other: Answered) -> Answered:
+        """These and others."""
+        return Answered(self.prompts + other.prompts, self.answers + other.answers, self.likeliest + other.likeliest)
+
     def take(self, indices: Sequence[int]) -> Answered:
         """Some of them."""
         likeliest = [self.likeliest[i] for i in indices] if self.likeliest else []

@@ -59,7 +59,8 @@ class Trial:
     """What the causal test needs: the model, where its stream is written, validation rows, refusal tokens.
 
     `removed` `[k, d_model]`, orthonormal, is ablated in all that is tried: candidates are judged by what they do behind
-    it, and KL is that of all together from the model as it is.
+    it, and KL is that of all together from the model as it is. `induces` is whether a direction must raise the score
+    when it is added.
     """
 
     model: ChatModel
@@ -70,6 +71,7 @@ class Trial:
     batch_size: int
     strength: float = 1.0
     removed: Float32Array | None = None
+    induces: bool = True
 
     @cached_property
     def base(self) -> dict[str, float]:
@@ -129,16 +131,14 @@ class Trial:
         """The direction with the figures that are bounded, on harmless prompts.
 
         `added` is the mean refusal score with `r` added, `rise` how far that is above the base's, less 1.96 standard
-        errors, and `kl` the mean first-token KL(base‖ablated) in nats.
+        errors (both only where it must rise), and `kl` the mean first-token KL(base‖ablated) in nats.
         """
-        rises = self.added(direction)
         _, (kl,) = self.ablated([direction], range(0), range(len(self.harmless)))
-        figures = {
-            "added": self.base["base_harmless"] + rises.mean(),
-            "rise": certain(rises),
-            "kl": kl.mean(),
-        }
-        return dataclasses.replace(direction, scores=direction.scores | {k: float(v) for k, v in figures.items()})
+        figures = {"kl": float(kl.mean())}
+        if self.induces:
+            rises = self.added(direction)
+            figures |= {"added": float(self.base["base_harmless"] + rises.mean()), "rise": certain(rises)}
+        return dataclasses.replace(direction, scores=direction.scores | figures)
 
     @cached_property
     def _harmless(self) -> torch.Tensor:
@@ -146,7 +146,7 @@ class Trial:
         return first_token_log_probs(self.model, self.harmless, self.batch_size)
 
     def _ablate(self, directions: Sequence[Direction]) -> AbstractContextManager[None]:
-        together = _stack(directions)[:, None]
+        together = torch.from_numpy(np.stack([np.atleast_2d(d.vector) for d in directions]))
         if self.removed is not None:
             before = torch.from_numpy(self.removed).expand(len(directions), -1, -1)
             together = torch.cat([before, together], 1)
@@ -158,6 +158,11 @@ class Trial:
         layers = [d.layer or 0 for d in directions]
         with self.begun(), add_vectors(self.model, layers, _stack(directions) * scales):
             yield
+
+
+def causes(tested: Direction) -> bool:
+    """Whether adding a direction raised the refusal score, where it must."""
+    return tested.scores.get("rise", 1.0) > 0
 
 
 def certain(values: Float64Array) -> float:
@@ -193,7 +198,7 @@ def ranked(
     for direction in finalists:
         tested.append(trial.bounded(direction))
         step(1)
-        if tested[-1].scores["rise"] > 0 and tested[-1].scores["kl"] <= max_kl:
+        if causes(tested[-1]) and tested[-1].scores["kl"] <= max_kl:
             break
     step(len(finalists) - len(tested))
     return tested, finalists[len(tested) :], tried
@@ -255,15 +260,15 @@ def _pick(tested: list[Direction], max_kl: float) -> Direction:
             f"no candidate direction lowers the refusal score when ablated (base "
             f"{tested[0].scores['base_harmful']:.2f}); one direction does not carry this model's refusal"
         )
-    causes = [d for d in falls if d.scores["rise"] > 0]
-    if not causes:
+    causing = [d for d in falls if causes(d)]
+    if not causing:
         raise VerifyError(
             "no candidate direction raises the refusal score of harmless prompts when added "
             f"(base {falls[0].scores['base_harmless']:.2f}); what was found is a correlate of refusal, not its cause"
         )
-    cheap = [d for d in causes if d.scores["kl"] <= max_kl]
+    cheap = [d for d in causing if d.scores["kl"] <= max_kl]
     if not cheap:
-        least = min(causes, key=lambda d: d.scores["kl"])
+        least = min(causing, key=lambda d: d.scores["kl"])
         raise VerifyError(
             f"every candidate that stops refusals moves harmless answers by more than {max_kl} nats (the least: layer "
             f"{least.layer}, position {least.position}, KL {least.scores['kl']:.3f}); raise --max-kl to accept it"

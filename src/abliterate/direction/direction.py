@@ -5,7 +5,7 @@ Owns the difference of means and `directions.safetensors`; never knows models or
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from abliterate.portable import load_arrays, save_arrays
 
 KIND = "a direction"
 METHOD = "difference of means, orthogonal to the harmless mean"
+#: Share of a candidate's norm that must be left beside another direction, so that it is no rounding.
+_LEAST_SHARE = 0.05
 #: Fields that files of earlier versions lack.
 _LATER = {"strengths", "parts", "stopped"}
 
@@ -141,6 +143,26 @@ def candidates(harmful: ActivationStats, harmless: ActivationStats, last_layer: 
                 source = {"model": harmful.model, "harmful": harmful.prompts, "harmless": harmless.prompts}
                 found.append(Direction((r / scale).astype(np.float32), layer, position, scale, source=source))
     return found
+
+
+def apart(found: list[Direction], others: list[Direction]) -> list[Direction]:
+    """Each candidate without its part along the one of `others` at its layer and position, as unit vectors.
+
+    `w − v̂ v̂ᵀ w` takes the direction of true refusals out of that of false ones (Wang et al. 2025, arXiv 2410.03415).
+    Where nothing is left, or there is no other, there is no candidate.
+    """
+    known = {(d.layer, d.position): d.vector.astype(np.float64) for d in others}
+    kept = list[Direction]()
+    for d in found:
+        other = known.get((d.layer, d.position))
+        if other is None:
+            continue
+        rest = d.vector - (other @ d.vector) * other
+        share = float(np.linalg.norm(rest))
+        if share > _LEAST_SHARE:
+            unit = (rest / share).astype(np.float32)
+            kept.append(replace(d, vector=unit, scale=d.scale * share, method=f"{d.method} and to true refusals"))
+    return kept
 
 
 def most_separated(found: list[Direction], harmful: ActivationStats, harmless: ActivationStats) -> Direction:

@@ -12,6 +12,8 @@ from typing import Any
 from abliterate.direction.direction import Direction
 from abliterate.errors import VerifyError
 
+_FIGURES = ("refused", "asked", "score", "kl", "kl_along", "rate", "steps", "held")
+
 
 @dataclass(frozen=True, eq=False)
 class Point:
@@ -20,7 +22,7 @@ class Point:
     `refused` of `asked` harmful prompts are still declined; `score` is their mean refusal score; `kl` the mean
     first-token KL(base‖edited) of the harmless prompts that the base answers, `kl_along` the mean of it over the tokens
     of its answers, in nats. `rate` is what a nat was worth in refusal log-odds where the point was tuned, None where
-    nothing was.
+    nothing was. `held` is how many refusals are left of those that are to stay.
     """
 
     direction: Direction
@@ -31,6 +33,7 @@ class Point:
     kl_along: float
     rate: float | None = None
     steps: int = 0
+    held: int | None = None
 
     @property
     def share(self) -> float:
@@ -40,7 +43,7 @@ class Point:
     @property
     def figures(self) -> dict[str, Any]:
         """Everything but the direction, for records and charts."""
-        return {name: getattr(self, name) for name in ("refused", "asked", "score", "kl", "kl_along", "rate", "steps")}
+        return {name: getattr(self, name) for name in _FIGURES}
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -63,18 +66,30 @@ def knee(points: Sequence[Point], plain: Point, base_refused: int) -> Point:
 
 
 def pick(
-    points: Sequence[Point], plain: Point, base_refused: int, max_kl: float, target: float | None
+    points: Sequence[Point],
+    plain: Point,
+    base_refused: int,
+    max_kl: float,
+    target: float | None,
+    least_held: int = 0,
 ) -> tuple[Point, str]:
     """The point to take, and by which rule: the cheapest with at most `target` refusals, or the knee.
 
-    Only points of first-token KL up to `max_kl` are considered.
+    Only points of first-token KL up to `max_kl` are considered that leave `least_held` of the refusals that stay.
 
     Raises:
         VerifyError: there is none, or none with so few refusals.
     """
-    cheap = [p for p in front(points) if p.kl <= max_kl]
+    holding = [p for p in points if p.held is None or p.held >= least_held]
+    if not holding:
+        most = max(p.held or 0 for p in points)
+        raise VerifyError(
+            f"every edit loses true refusals: of those of the validation prompts at most {most} are left, {least_held} "
+            "would have to be; these false refusals do not come apart from them here"
+        )
+    cheap = [p for p in front(holding) if p.kl <= max_kl]
     if not cheap:
-        least = min(points, key=lambda p: p.kl)
+        least = min(holding, key=lambda p: p.kl)
         raise VerifyError(
             f"every tuned edit moves harmless answers by more than {max_kl:g} nats (the least: KL {least.kl:.3f} at "
             f"{least.refused} of {least.asked} refusals); raise --max-kl to accept it"

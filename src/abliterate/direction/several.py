@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from abliterate.direction.choose import Choice, Float32Array, Float64Array, Trial, certain, ranked
+from abliterate.direction.choose import Choice, Float32Array, Float64Array, Trial, causes, certain, ranked
 from abliterate.direction.direction import METHOD, Direction
 from abliterate.model.progress import Steps, no_steps
 
@@ -128,7 +128,7 @@ def saved(before: Float64Array, ablated: Float64Array) -> tuple[float, bool]:
 
 def _passes(d: Direction, max_kl: float) -> bool:
     scores = d.scores
-    return scores["ablated"] < scores["base_harmful"] and scores["rise"] > 0 and scores["kl"] <= max_kl
+    return scores["ablated"] < scores["base_harmful"] and causes(d) and scores["kl"] <= max_kl
 
 
 def _why_not(trial: Trial, found: Direction | None, max_kl: float) -> str:

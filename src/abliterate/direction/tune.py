@@ -67,7 +67,7 @@ class Task:
 
     `lose` are answers that decline, `keep` those whose distributions are to stay as they are; `declined` (prompts
     alone) and `kept` are the same of the validation prompts. `count` says how many of `asked` validation prompts the
-    model declines, hooked as it is when called.
+    model declines, hooked as it is when called, `held` how many refusals are left of those that are to stay.
     """
 
     model: ChatModel
@@ -81,6 +81,7 @@ class Task:
     count: Callable[[], int]
     asked: int
     batch_size: int
+    held: Callable[[], int] | None = None
 
 
 def tune(
@@ -173,8 +174,9 @@ class _Search:
         basis = torch.from_numpy(np.atleast_2d(direction.vector))[None]
         with ablate(task.model, task.sites, basis, each.to(task.model.device)):
             scores, refused = _scores(task), task.count()
+            held = task.held() if task.held is not None else None
             first, mean = _divergences(task)
-        return Point(direction, refused, task.asked, scores, first, mean, rate, steps)
+        return Point(direction, refused, task.asked, scores, first, mean, rate, steps, held)
 
     def _draw(self, given: Answered) -> Answered:
         n = min(self.recipe.batch, len(given.prompts))

@@ -27,7 +27,8 @@ tags: [abliterate, representation-engineering{{ "" if r.strengthens else ", dire
 
 # {{ name }}
 
-{{ base }} with its refusal direction {{ "strengthened in" if r.strengthens else "projected out of" }} the weights by
+{{ base }} with its {{ "false-" if r.keeps }}refusal direction
+{{ "strengthened in" if r.strengthens else "projected out of" }} the weights by
 `abliterate` {{ r.version }} ({{ "the opposite of " if r.strengthens }}weight orthogonalisation, Arditi et al. 2024,
 arXiv 2406.11717).
 {% if r.strengthens %}
@@ -36,6 +37,9 @@ arXiv 2406.11717).
 {% else %}
 It is meant to decline more harmful requests than its base. It still answers some, and may decline harmless ones.
 {% endif %}
+{% elif r.keeps %}
+It is meant to decline fewer requests that only sound harmful than its base, and as many harmful ones; the table says
+how far that came true.
 {% elif fewer %}
 **It declines fewer requests than its base, including harmful ones.**
 {% else %}

@@ -136,7 +136,7 @@ def broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:
         return []
     bounds = {
         "ablating it does not lower the refusal score": scores["ablated"] < scores["base_harmful"],
-        "adding it does not raise it": scores["rise"] > 0,
+        "adding it does not raise it": scores.get("rise", 1.0) > 0,
         f"KL {scores['kl']:.3f} is above --max-kl {max_kl:g}": scores["kl"] <= max_kl,
     }
     return [what for what, kept in bounds.items() if not kept]
@@ -155,10 +155,11 @@ def tuning(front: dict[str, Any]) -> str | None:
     if not front.get("points"):
         return None
     plain, chosen = front["points"][0], front["points"][front["picked"]]
+    kept = "" if chosen["held"] is None else f"; true refusals left {chosen['held']}, strength 1 {plain['held']}"
     what = "the knee" if front["rule"] == "knee" else "the cheapest within the target"
     return (
         f"{what} of {len(front['points'])} edits: {_point(chosen)}; strength 1 everywhere: {_point(plain)}; on "
-        f"validation prompts, of which the base declines {front['base_refused']}"
+        f"validation prompts, of which the base declines {front['base_refused']}{kept}"
     )
 
 

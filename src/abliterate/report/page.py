@@ -68,7 +68,7 @@ def lead(record: RunRecord) -> str:
     else:
         layers = record.resolved.get("n_layers")
         of = f" (of 0 to {layers - 1})" if layers else ""
-        what = "The refusal direction"
+        what = "The direction of false refusals" if record.keeps else "The refusal direction"
         if where.get("rank", 1) > 1:
             what = f"The span of {where['rank']} refusal directions, the first"
         found = f"{what} found at layer {where['layer']}{of}, position {panels.minus(where['position'])},"
@@ -86,8 +86,9 @@ def lead(record: RunRecord) -> str:
             for kind, name in zip(measured.KINDS, names, strict=True)
             if (m := record.metric(name)) is not None and None not in (m["base"], m["edited"])
         ]
-        if told:  # what strengthening costs are refusals of the other two sets
-            return f"{done}: {called} {', '.join(told if record.strengthens else told[:1])}."
+        if told:  # where true refusals are to rise or to stay, the other two sets tell as much
+            whole = record.strengthens or record.keeps
+            return f"{done}: {called} {', '.join(told if whole else told[:1])}."
     return f"{done}; what that does to its answers was not measured."
 
 

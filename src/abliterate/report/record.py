@@ -86,6 +86,11 @@ class RunRecord:
         return bool(self.resolved["strength"] < 0)
 
     @property
+    def keeps(self) -> bool:
+        """Whether true refusals are to stay: what goes is the direction of false ones."""
+        return self.resolved.get("keep") == "harmful"
+
+    @property
     def missed(self) -> bool:
         """Whether refusals of harmful test prompts did not rise though they were to."""
         found = self.metric("refusal_rate") or self.metric("refusal_score")

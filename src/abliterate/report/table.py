@@ -186,7 +186,5 @@ def duration(seconds: float) -> str:
 def _scores(scores: dict[str, float]) -> str:
     if not scores:
         return "chosen without a causal test"
-    return (
-        f"refusal score {scores['base_harmful']:.1f} → {scores['ablated']:.1f} ablated, "
-        f"harmless {scores['base_harmless']:.1f} → {scores['added']:.1f} added, KL {scores['kl']:.3f}"
-    )
+    added = f"harmless {scores['base_harmless']:.1f} → {scores['added']:.1f} added, " if "added" in scores else ""
+    return f"refusal score {scores['base_harmful']:.1f} → {scores['ablated']:.1f} ablated, {added}KL {scores['kl']:.3f}"
