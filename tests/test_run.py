@@ -166,7 +166,7 @@ def test_a_resumed_run_does_not_repeat_finished_steps(
             abliterate.run(str(refusing.folder), tmp_path / "out", **refusing.options)
     with monkeypatch.context() as patch:
         for name in ("observe", "collect_both", "select", "controls"):
-            patch.setattr(steps, name, stop)
+            patch.setattr(MODULES.get(name, steps), name, stop)
         abliterate.run(str(refusing.folder), tmp_path / "out", resume=True, **refusing.options)
     assert (tmp_path / "out" / "config.json").is_file()
 

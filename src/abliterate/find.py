@@ -22,7 +22,7 @@ from abliterate.direction.direction import Direction, most_separated
 from abliterate.direction.front import Point
 from abliterate.direction.tune import Task
 from abliterate.edit.plan import EditPlan
-from abliterate.errors import NoRefusalError, UsageError
+from abliterate.errors import NoRefusalError, UsageError, VerifyError
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
@@ -52,6 +52,10 @@ def select(
         VerifyError: no candidate passes the test.
     """
     found = named(stats, model.n_layers, options, shown.held)
+    if not found and shown.held is not None and named(stats, model.n_layers, options):
+        raise VerifyError(
+            "false refusals have nothing of their own here: their direction is that of true refusals; leave out --keep"
+        )
     if not found:
         asked = [f"--{n} {v}" for n, v in (("layer", options.layer), ("position", options.position)) if v is not None]
         raise UsageError(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import abliterate
-from abliterate import steps
+from abliterate import find, steps
 from abliterate.cli.main import main
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.report.command import command
@@ -204,7 +204,7 @@ def test_an_unfinished_run_has_a_page_of_what_there_is(
 
     options = refusing.options
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(steps, cut, stop)
+        m.setattr(find if cut == "select" else steps, cut, stop)
         abliterate.run(str(refusing.folder), tmp_path / "out", **options)
     for run in (tmp_path / "out.partial", tmp_path / "out"):  # the name that it will have will do
         path = report(run)
