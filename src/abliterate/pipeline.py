@@ -207,11 +207,10 @@ class _Run:
 
     def controls(self, observed: Observation, direction: Direction) -> dict[str, Any]:
         """What other directions do at the same strengths."""
-        plan = self.plan.weighted(direction.strengths)
 
         def compute() -> dict[str, Any]:
             return step.controls(
-                self.base, plan, direction, observed, self.harmful, self.harmless, self.options, self.steps
+                self.base, self.plan, direction, observed, self.harmful, self.harmless, self.options, self.steps
             )
 
         found: dict[str, Any] = self.step("controls", compute)
