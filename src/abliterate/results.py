@@ -121,7 +121,8 @@ def _unfinished(records: Path) -> RunRecord:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     try:
-        steps = {name: stored(name) for name in ("observe", "collect", "select", "controls", "edit", "evaluate")}
+        names = ("observe", "collect", "select", "tune", "controls", "edit", "evaluate")
+        steps = {name: stored(name) for name in names}
         settings, given = stored("settings"), stored("given")
         if "verb" in settings:
             raise UsageError(f"{records.parent}: an unfinished '{settings['verb']}', which has no page")

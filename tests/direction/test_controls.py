@@ -133,6 +133,9 @@ def test_a_run_holds_its_controls_and_warns_where_the_direction_does_no_better(
     text = said(record)
     assert f"controls refusal score base {record.controls['base']:.1f}, chosen" in text and "4 random" in text
     assert "no better" not in text and "no better" not in page(record, "out")
+    none = {"score": -0.04, "kl": 0.0}
+    near = dataclasses.replace(record, controls=record.controls | {"random": [none, none], "base": -0.01})
+    assert "base 0.0, chosen" in said(near) and "2 random directions 0.0 (KL 0.000 at most)" in said(near)
     weak = dataclasses.replace(record, controls=record.controls | {"margin_low": -0.1})
     assert "no better than its controls" in said(weak).splitlines()[-2]
     assert "no better than its controls" in page(weak, "out") and "less 1.96" in page(record, "out")
@@ -152,3 +155,20 @@ def test_without_refusal_tokens_nothing_is_tried(
     monkeypatch.setattr(find.controlling, "controls", never)
     record = abliterate.run(str(finished[1]), tmp_path / "out", force=True, evaluate=False, **refusing.options)
     assert record.controls == {}
+
+
+def test_places_tuned_to_a_strength_of_0_are_left_out_of_edit_and_controls(
+    refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import abliterate
+    from abliterate import pipeline
+
+    tune = pipeline._Run.tune
+
+    def tuned(self: Any, observed: Any, stats: Any, chosen: Direction) -> Any:
+        direction = dataclasses.replace(chosen, strengths=dict.fromkeys(self.plan.places, 0.0) | {"embed": 1.0})
+        return tune(self, observed, stats, direction)
+
+    monkeypatch.setattr(pipeline._Run, "tune", tuned)
+    record = abliterate.run(str(refusing.folder), tmp_path / "out", evaluate=False, **refusing.options)
+    assert len(record.edits) == 1 and record.controls["chosen"]["score"] < record.controls["base"]

@@ -109,14 +109,19 @@ def controlled(controls: dict[str, Any]) -> str:
 
     def said(*figures: dict[str, float]) -> str:
         scores, kl = ([f[name] for f in figures] for name in ("score", "kl"))
-        ends = dict.fromkeys(f"{score:.1f}" for score in (min(scores), max(scores)))
+        ends = dict.fromkeys(_tenths(score) for score in (min(scores), max(scores)))
         return f"{' to '.join(ends)} (KL {max(kl):.3f}{' at most' if len(kl) > 1 else ''})"
 
-    found = f"base {controls['base']:.1f}, chosen {said(controls['chosen'])}, "
+    found = f"base {_tenths(controls['base'])}, chosen {said(controls['chosen'])}, "
     found += f"{len(controls['random'])} random directions {said(*controls['random'])}"
     if controls["harmless"] is not None:
         found += f", between harmless halves {said(controls['harmless'])}"
     return found
+
+
+def _tenths(score: float) -> str:
+    """With one digit, and no sign where nothing is left."""
+    return f"{round(score, 1) + 0:.1f}"
 
 
 def no_better(controls: dict[str, Any]) -> str:
