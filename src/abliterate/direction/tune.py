@@ -45,8 +45,8 @@ class Recipe:
     `turning` times the rate of strengths, within so many axes as `span`. What else was tried: docs/method.md.
     """
 
-    rates: tuple[float, ...] = (40.0, 20.0, 10.0)
-    steps: int = 6
+    rates: tuple[float, ...] = (40.0, 20.0, 12.0, 10.0)
+    steps: int = 5
     batch: int = 16
     learning_rate: float = 0.07
     turning: float = 0.2
