@@ -43,8 +43,11 @@ def test_an_edit_that_loses_true_refusals_is_not_taken() -> None:
     assert pick([plain, gentle], plain, 24, 0.2, None, least_held=28)[0] is gentle
     assert pick([plain, gentle], plain, 24, 0.2, None, least_held=0)[0] is gentle
     assert pick([plain, point(20, 0.01, 29)], plain, 24, 0.2, 0.05, least_held=20)[0] is plain
-    with pytest.raises(VerifyError, match="at most 29 are left, 30 would have to be"):
-        pick([plain, gentle], plain, 24, 0.2, None, least_held=30)
+    for base, least in ((24, 30), (5, 28)):  # true refusals are lost, or no false ones are stopped
+        with pytest.raises(
+            VerifyError, match=rf"of {base} false.*{least} must stay, the edits leave 0 and 20, 5 and 29"
+        ):
+            pick([plain, gentle], plain, base, 0.2, None, least_held=least)
 
 
 def test_the_sets_have_other_roles_and_no_prompt_has_two() -> None:

@@ -20,7 +20,7 @@ from abliterate.direction.answers import Answered, answered
 from abliterate.direction.choose import Choice
 from abliterate.direction.direction import Direction, most_separated
 from abliterate.direction.front import Point
-from abliterate.direction.tune import Task
+from abliterate.direction.tune import HOLDING, RECIPE, Task
 from abliterate.edit.plan import EditPlan
 from abliterate.errors import NoRefusalError, UsageError, VerifyError
 from abliterate.model.load import ChatModel
@@ -66,7 +66,7 @@ def select(
         why = "" if options.directions == 1 else "without refusals none can be tested"
         return Choice(several.together([most_separated(found, *stats)], why), [], [])
     # Tuned, an edit costs less than at full strength: the bound is for the result.
-    bound = options.max_kl if options.why_not_tuned else max(options.max_kl, Options().max_kl)
+    bound = options.max_kl if why_not_tuned(model, shown.observed, options) else max(options.max_kl, Options().max_kl)
     trial = causal_test(model, plan, shown, options, options.tested_strength)
     if len(found) == 1:
         first = Choice(choosing.measure(trial, found[0]), [], [])
@@ -84,7 +84,25 @@ def why_not_tuned(model: ChatModel, observed: Observation, options: Options) -> 
     """Why strengths cannot be tuned; None where they can."""
     if model.weights is not None:
         return "the model runs block by block"
+    quantizer = getattr(model.model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        return "its weights are quantised, and no gradient goes through them"
     return options.why_not_tuned or (None if observed.tokens else "no refusals were seen")
+
+
+def unless_asked(why_not: str, options: Options) -> str:
+    """The reason, where tuning was left to us.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    asked = "--tune" if options.tune else "--target-refusals" if options.target_refusals is not None else None
+    if asked is None and options.keep is not None:
+        asked = "--keep harmful"
+    if asked is not None:
+        raise UsageError(f"{asked}: strengths cannot be tuned here ({why_not}); leave it out")
+    logger.info("strengths are not tuned: %s", why_not)
+    return why_not
 
 
 def tune(
@@ -110,18 +128,17 @@ def tune(
     def refused(prompts: PromptSet) -> int:
         return len(observing.declined(model, prompts, options.batch_size))
 
-    staying = said(keep, ANSWER_TOKENS)
-    if held is not None:
-        staying = staying.joined(said(held.train, REFUSAL_TOKENS))
     task = Task(
         model, plan.sites, plan.places, shown.observed.tokens,
-        lose=said(lose, REFUSAL_TOKENS, distributions=False), keep=staying,
+        lose=said(lose, REFUSAL_TOKENS, distributions=False), keep=said(keep, ANSWER_TOKENS),
         declined=model.chat.encode(declined.prompts), kept=said(kept, ANSWER_TOKENS),
         count=lambda: refused(shown.lose.validation), asked=len(shown.lose.validation),
+        hold=None if held is None else said(held.train, REFUSAL_TOKENS),
         held=None if held is None else partial(refused, held.validation), batch_size=options.batch_size,
     )  # fmt: skip
     spanning = spanned(stats, model.n_layers, options, held)
-    return tuning.tune(task, chosen, spanning, seed=options.seed, steps=steps)
+    recipe = RECIPE if held is None else HOLDING
+    return tuning.tune(task, chosen, spanning, recipe, options.seed, steps)
 
 
 def controls(

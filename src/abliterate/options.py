@@ -64,7 +64,7 @@ class Options:
 
     def check(self) -> None:
         """Raise `UsageError` for values that make no sense, before anything is loaded."""
-        for name, least in (("limit", 8), ("batch_size", 1), ("max_new_tokens", 1)):
+        for name, least in (("limit", 8), ("batch_size", 1), ("max_new_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
@@ -89,7 +89,7 @@ class Options:
         self._check_tuning()
         self._check_judge()
         for name, given in (("text", self.text), ("borderline", self.borderline)):
-            if given is not None and not self.evaluate:
+            if given is not None and not self.evaluate and not (name == "borderline" and self.keep):
                 raise UsageError(f"--{name} {given}: with --no-eval nothing is measured; leave out one")
         if self.thinking not in ("template", "on", "off"):
             raise UsageError(f"--thinking {self.thinking}: expected on, off or template")
@@ -116,6 +116,8 @@ class Options:
         if self.keep is not None and (self.directions > 1 or self.strength < 0):
             other = f"--directions {self.directions}" if self.directions > 1 else f"--strength {self.strength:g}"
             raise UsageError(f"--keep harmful: goes with one direction that is taken out, not with {other}")
+        if self.keep is not None and (why_not := self.why_not_tuned) is not None:
+            raise UsageError(f"--keep harmful: true refusals are kept by tuning, and with {why_not} there is none")
 
     def _check_tuning(self) -> None:
         if self.target_refusals is not None and not 0 <= self.target_refusals < 1:

@@ -22,7 +22,7 @@ from abliterate.direction.direction import Direction
 from abliterate.direction.front import Point, pick
 from abliterate.direction.profile import profile
 from abliterate.edit.plan import EditPlan, plan_edit
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluate.judge import Judge
 from abliterate.evaluate.text import load_text
 from abliterate.model.load import ChatModel, pick_device, pick_dtype
@@ -135,18 +135,10 @@ class _Run:
         o = self.options
 
         def compute() -> None:
-            n_layers = depth(self.checkpoint.n_layers, o)
             both = step.collect_both(
-                self.base,
-                self.checkpoint,
-                observed,
-                self.sets.lose,
-                self.sets.harmless,
-                o,
-                self.steps,
-                n_layers,
-                self.work.steps / "unfinished.safetensors",
-            )
+                self.base, self.checkpoint, observed, self.sets.lose, self.sets.harmless, o, self.steps,
+                depth(self.checkpoint.n_layers, o), self.work.steps / "unfinished.safetensors",
+            )  # fmt: skip
             for stats, path in zip(both, paths, strict=True):
                 stats.save(path)
 
@@ -164,10 +156,10 @@ class _Run:
             held = find.hold(self.base, sets.harmful, self.options, self.steps)
             n_layers = depth(self.checkpoint.n_layers, self.options)
             prompts = sets.harmful.train.take(held[0])
-            step = self.steps("collecting activations", len(prompts))
+            progress = self.steps("collecting activations", len(prompts))
             (stats,) = collect_sets(
                 self.base, (prompts,), self.options.batch_size, model_fingerprint=self.checkpoint.fingerprint,
-                n_layers=n_layers, progress=step,
+                n_layers=n_layers, progress=progress,
             )  # fmt: skip
             stats.save(path)
             return list(held)
@@ -208,7 +200,7 @@ class _Run:
 
         def compute() -> dict[str, Any]:
             if why_not := find.why_not_tuned(self.base, shown.observed, self.options):
-                return {"why_not": why_not, "points": []}
+                return {"why_not": find.unless_asked(why_not, self.options), "points": []}
             found = find.tune(self.base, self.plan, chosen, stats, shown, self.options, self.steps)
             for i, point in enumerate(found):
                 point.direction.save(self.work.steps / f"tuned-{i}.safetensors")
@@ -217,19 +209,38 @@ class _Run:
         found = self.step("tune", compute)
         if not isinstance(found, dict) or found.keys() != {"why_not", "points"}:
             raise self.work.damaged("tune.json")
-        direction, picked, rule = chosen, None, None
-        base_refused = len(shown.observed.harmful_validation)
-        if found["points"]:
-            each = [
-                Point(Direction.load(self.work.steps / f"tuned-{i}.safetensors"), **figures)
-                for i, figures in enumerate(found["points"])
-            ]
-            point, rule = pick(
-                each, each[0], base_refused, self.options.max_kl, self.options.target_refusals, shown.least_held
+        return self.picked(shown, chosen, found)
+
+    def picked(self, shown: Contrast, chosen: Direction, tuned: dict[str, Any]) -> tuple[Direction, dict[str, Any]]:
+        """The direction that is taken out, and the front with the pick.
+
+        Raises:
+            UsageError: an interrupted run went on with another target.
+        """
+        target, base_refused = self.options.target_refusals, len(shown.observed.harmful_validation)
+        each = [
+            Point(Direction.load(self.work.steps / f"tuned-{i}.safetensors"), **figures)
+            for i, figures in enumerate(tuned["points"])
+        ]
+
+        def compute() -> dict[str, Any]:
+            told: dict[str, Any] = {"picked": None, "rule": None, "target": target, "base_refused": base_refused}
+            if each:
+                point, rule = pick(each, each[0], base_refused, self.options.max_kl, target, shown.least_held)
+                told |= {"picked": each.index(point), "rule": rule}
+            return told
+
+        found = self.step("pick", compute)
+        if not isinstance(found, dict) or found.keys() != {"picked", "rule", "target", "base_refused"}:
+            raise self.work.damaged("pick.json")
+        if found["target"] != target:
+            raise UsageError(
+                f"--target-refusals: {self.work.folder} went on with {found['target'] or 'the knee'}; resume with the "
+                "same, or start again"
             )
-            direction, picked = point.direction, each.index(point)
+        direction = chosen if found["picked"] is None else each[found["picked"]].direction
         direction.save(self.work.records / "directions.safetensors")
-        return direction, found | {"picked": picked, "rule": rule, "base_refused": base_refused}
+        return direction, tuned | {name: found[name] for name in ("picked", "rule", "base_refused")}
 
     def controls(self, shown: Contrast, direction: Direction) -> dict[str, Any]:
         """What other directions do at the same strengths."""

@@ -15,11 +15,11 @@ from abliterate.contrast import Contrast, candidates_again, causal_test
 from abliterate.direction.several import basis, chain, told
 from abliterate.edit.plan import plan_edit
 from abliterate.envelope import enveloped
-from abliterate.errors import VerifyError
+from abliterate.errors import NoRefusalError, VerifyError
 from abliterate.evaluate.resistance import COUNTS, Resistance, Survival
 from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options
-from abliterate.roles import prompt_splits
+from abliterate.roles import described, prompt_splits
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,17 @@ def resist(model: str, *, directions: int = max(COUNTS), steps: Steps = no_steps
     judge = step.pick_judge(chosen, steps)
     loaded = step.load(source, chosen, memory)
     observed = step.observe(loaded, checkpoint, harmful, harmless, chosen, steps)
+    if not observed.tokens:
+        raise NoRefusalError(f"{model}: no refusals were seen, so there is nothing whose survival could be measured")
     given = loaded, plan, Contrast(observed, harmful, harmless), chosen
     found = chain(causal_test(*given), candidates_again(*given, steps), chosen.directions, chosen.max_kl, steps)
     if not found:
-        raise VerifyError(f"{model}: at no layer and position do harmful and harmless requests differ")
+        raise VerifyError(f"{model}: harmful and harmless requests differ at no layer and position; give others")
     asked = Survival(
         loaded, plan.sites, harmful.test, harmless.test, chosen.max_new_tokens, chosen.batch_size, judge, steps
     )
     curve = asked.curve(basis(found), chosen.seed, chosen.max_kl)
-    sets = {"harmful": harmful.test, "harmless": harmless.test}
     return Resisted(
         model, checkpoint.fingerprint, curve, told(found),
-        {kind: {"name": s.name, "n": len(s), "sha256": s.sha256} for kind, s in sets.items()},
+        {"harmful": described(harmful.test), "harmless": described(harmless.test)},
     )  # fmt: skip

@@ -121,13 +121,17 @@ def _unfinished(records: Path) -> RunRecord:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     try:
-        names = ("observe", "collect", "select", "tune", "controls", "edit", "evaluate")
+        names = ("observe", "collect", "hold", "select", "tune", "pick", "controls", "edit", "evaluate")
         steps = {name: stored(name) for name in names}
         settings, given = stored("settings"), stored("given")
         if "verb" in settings:
             raise UsageError(f"{records.parent}: an unfinished '{settings['verb']}', which has no page")
         chosen = steps["select"].get("result", {})
         direction = records / "directions.safetensors"
+        if not direction.is_file():
+            direction = records / "steps" / "selected.safetensors"
+        found = Direction.load(direction) if chosen and direction.is_file() else None
+        picked = steps["pick"].get("result", {})
         observed, compared = steps["observe"].get("result", {}), steps["evaluate"].get("result", {})
         options = asdict(Options())
         return RunRecord(
@@ -136,7 +140,7 @@ def _unfinished(records: Path) -> RunRecord:
             model_fingerprint=str(settings.get("model", settings.get("edit", ""))),
             given=given,
             resolved=options | {name: settings[name] for name in options if name in settings},
-            direction=Direction.load(direction).where if chosen and direction.is_file() else {},
+            direction=found.where | {"rank": found.rank} if found is not None else {},
             edits=steps["edit"].get("result", []),
             kept={},
             untouched=0,
@@ -147,6 +151,7 @@ def _unfinished(records: Path) -> RunRecord:
             judge=compared.get("judge", {}),
             observed={name: observed[name] for name in ("refused", "asked") if observed},
             finalists=chosen.get("finalists", []),
+            front=steps["tune"].get("result", {}) | picked if picked else {},
             controls=steps["controls"].get("result", {}),
             charts=chosen.get("charts", {}) | compared.get("charts", {}),
             created=datetime.fromtimestamp((records / "steps").stat().st_mtime, timezone.utc).isoformat("T", "seconds"),

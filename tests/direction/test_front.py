@@ -42,15 +42,16 @@ def test_what_is_picked_keeps_every_bound_or_the_error_says_what_is_possible(
     try:
         found, rule = pick(passed, passed[0], 30, max_kl, target)
     except VerifyError as error:
-        possible = [p for p in front(passed) if p.kl <= max_kl]
-        assert not [p for p in possible if target is None or p.share <= target]
+        assert not [p for p in passed if p.kl <= max_kl and (target is None or p.share <= target)]
         assert "--max-kl" in str(error)
         return
-    assert found in front(passed) and found.kl <= max_kl
+    within = [p for p in passed if p.kl <= max_kl]
+    assert found in within
+    assert not any(p.refused <= found.refused and p.kl_along < found.kl_along for p in within)
     assert rule == ("knee" if target is None else "target")
     if target is not None:
         assert found.share <= target
-        assert not any(p.kl_along < found.kl_along and p.share <= target and p.kl <= max_kl for p in front(passed))
+        assert not any(p.kl_along < found.kl_along and p.share <= target for p in within)
 
 
 def test_the_knee_weighs_shares_of_the_bases_refusals_against_shares_of_the_plain_cost() -> None:

@@ -24,6 +24,7 @@ from abliterate.model.run import kl_divergence
 from abliterate.observe import observe
 from abliterate.options import Options
 from abliterate.report.record import RunRecord
+from abliterate.results import report
 from abliterate.roles import prompt_splits
 from tests.conftest import Refusing
 
@@ -110,9 +111,40 @@ def test_an_interrupted_tuned_run_resumes_to_the_same_bytes(
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
 
 
+def test_a_run_that_went_on_with_one_edit_takes_no_other(
+    refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = refusing.options | {"tune": True, "evaluate": False}
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr("abliterate.pipeline.write_edited", stop)
+        abliterate.run(str(refusing.folder), tmp_path / "out", **options)
+    page = report(tmp_path / "out.partial").read_text()
+    assert "strength 1 everywhere leaves" in page and "is chosen for" in page
+    with pytest.raises(UsageError, match="went on with the knee"):
+        abliterate.run(str(refusing.folder), tmp_path / "out", resume=True, target_refusals=0.9, **options)
+    record = abliterate.run(str(refusing.folder), tmp_path / "target", target_refusals=0.9, **options)
+    points, picked = record.front["points"], record.front["picked"]
+    within = [p["kl_along"] for p in points if p["refused"] <= 0.9 * p["asked"]]
+    assert record.front["rule"] == "target" and points[picked]["kl_along"] == min(within)
+
+
+def test_tuning_that_was_asked_for_and_cannot_be_is_an_error(
+    refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("abliterate.find.why_not_tuned", lambda *_: "the model runs block by block")
+    options = {name: value for name, value in refusing.options.items() if name != "tune"} | {"evaluate": False}
+    with pytest.raises(UsageError, match=r"--tune: .*block by block"):
+        abliterate.run(str(refusing.folder), tmp_path / "out", tune=True, **options)
+    record = abliterate.run(str(refusing.folder), tmp_path / "plain", **options)
+    assert record.front["why_not"] == "the model runs block by block" and not record.tuned
+
+
 def test_a_bound_that_no_edit_keeps_is_told_with_the_way_out(refusing: Refusing, tmp_path: Path) -> None:
     options = refusing.options | {"tune": True, "evaluate": False, "max_kl": 1e-9}
-    with pytest.raises(VerifyError, match=r"every tuned edit.*raise --max-kl"):
+    with pytest.raises(VerifyError, match=r"every tuned edit.*start again with a higher --max-kl"):
         abliterate.run(str(refusing.folder), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

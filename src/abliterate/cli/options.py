@@ -39,7 +39,7 @@ Borderline = Annotated[
     Optional[str],
     typer.Option(
         help="Requests that sound harmful and are not, to count false refusals on: XSTest or OR-Bench, say. All are "
-        "asked, unless --limit says otherwise; nothing is fitted on them.",
+        "asked, unless --limit says otherwise; nothing is fitted on them, but with --keep harmful, which splits them.",
         show_default="built-in",
         rich_help_panel=_PROMPTS,
     ),

@@ -41,10 +41,6 @@ class Answered:
         """How many of each row's last positions say something about the answer."""
         return max(map(len, self.answers)) + 1
 
-    def joined(self, other: Answered) -> Answered:
-        """These and others."""
-        return Answered(self.prompts + other.prompts, self.answers + other.answers, self.likeliest + other.likeliest)
-
     def take(self, indices: Sequence[int]) -> Answered:
         """Some of them."""
         likeliest = [self.likeliest[i] for i in indices] if self.likeliest else []
@@ -62,8 +58,7 @@ def answered(
 ) -> Answered:
     """The model's greedy answers of at most `tokens` tokens, the stop token included where an answer ends."""
     made = generate(model, prompts, tokens, batch_size, progress)
-    ends = model.stop_ids[:1]
-    answers = [c.ids + ends if c.ended and len(c.ids) < tokens else c.ids for c in made]
+    answers = [c.ids if c.stop is None else [*c.ids, c.stop] for c in made]
     found = Answered(prompts, answers, [])
     return Answered(prompts, answers, _likeliest(model, found, batch_size)) if distributions else found
 

@@ -80,19 +80,20 @@ def pick(
     Raises:
         VerifyError: there is none, or none with so few refusals.
     """
-    holding = [p for p in points if p.held is None or p.held >= least_held]
+    holding = [p for p in points if p.held is None or (p.held >= least_held and p.refused < base_refused)]
     if not holding:
-        most = max(p.held or 0 for p in points)
+        tried = ", ".join(f"{p.refused} and {p.held}" for p in points)
         raise VerifyError(
-            f"every edit loses true refusals: of those of the validation prompts at most {most} are left, {least_held} "
-            "would have to be; these false refusals do not come apart from them here"
+            f"no edit stops false refusals and keeps true ones: of {base_refused} false refusals of the validation "
+            f"prompts and the true ones, of which {least_held} must stay, the edits leave {tried}; here the two do not "
+            "come apart; leave out --keep, or give other false refusals with --borderline"
         )
-    cheap = [p for p in front(holding) if p.kl <= max_kl]
+    cheap = front([p for p in holding if p.kl <= max_kl])
     if not cheap:
         least = min(holding, key=lambda p: p.kl)
         raise VerifyError(
             f"every tuned edit moves harmless answers by more than {max_kl:g} nats (the least: KL {least.kl:.3f} at "
-            f"{least.refused} of {least.asked} refusals); raise --max-kl to accept it"
+            f"{least.refused} of {least.asked} refusals); start again with a higher --max-kl to accept it"
         )
     if target is None:
         return knee(cheap, plain, base_refused), "knee"

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from abliterate.model.sites import WriterSite
 
 #: Strengths below this are none: their tensors stay as they are, byte for byte.
 LEAST_STRENGTH = 0.02
-METHOD = "difference of means, then strengths and direction by gradient"
+BY_GRADIENT = "strengths and direction by gradient"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Recipe:
     From `start`, where little is lost, falling rates follow the front towards fewer refusals. `first` is the weight of
     the first token's KL beside the mean along the answer, `opening` that of a refusal's later tokens; refusal log-odds
     below minus `margin` gain little; `pull` is what strengths cost by themselves; coordinates of the direction move at
-    `turning` times the rate of strengths, within so many axes as `span`. What else was tried: docs/method.md.
+    `turning` times the rate of strengths, within so many axes as `span`. `hold` is the weight of
+    refusals that are to stay beside answers. What else was tried: docs/method.md.
     """
 
     rates: tuple[float, ...] = (40.0, 20.0, 12.0, 10.0)
@@ -56,9 +57,12 @@ class Recipe:
     pull: float = 0.02
     start: float = 0.3
     span: int = 24
+    hold: float = 3.0
 
 
 RECIPE = Recipe()
+#: Where refusals are to stay, they cost more than answers, and the direction has further to turn.
+HOLDING = Recipe(rates=(6.0, 3.0, 1.5), steps=6, learning_rate=0.09, turning=1.0, span=40)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Task:
 
     `lose` are answers that decline, `keep` those whose distributions are to stay as they are; `declined` (prompts
     alone) and `kept` are the same of the validation prompts. `count` says how many of `asked` validation prompts the
-    model declines, hooked as it is when called, `held` how many refusals are left of those that are to stay.
+    model declines, hooked as it is when called, `held` how many refusals are left of those that are to stay; `hold` are such of train prompts.
     """
 
     model: ChatModel
@@ -81,6 +85,7 @@ class Task:
     count: Callable[[], int]
     asked: int
     batch_size: int
+    hold: Answered | None = None
     held: Callable[[], int] | None = None
 
 
@@ -99,8 +104,9 @@ def tune(
         mean_lose [softplus(score + margin) + opening · mean softplus(log-odds of the refusal's later tokens)]
         + rate · mean_keep [mean_t KL_t(base‖edited) + first · KL_0(base‖edited)] + pull · mean |s|
 
-    with the base's own refusals and answers forced. Arditi et al. 2024 (arXiv 2406.11717) give the score; Wollschläger
-    et al. 2025 (arXiv 2502.17420) descend on one direction at strength 1.
+    (the second term again, times `hold`, over refusals that are to stay), with the base's own words forced. Arditi et al.
+    2024 (arXiv 2406.11717) give the score; Wollschläger et al. 2025 (arXiv 2502.17420) descend on one direction at
+    strength 1.
     """
     search = _Search(task, chosen, candidates, recipe, seed)
     plain = search.point(chosen, None, 0)
@@ -138,8 +144,13 @@ class _Search:
             betas=(0.8, 0.95),
         )
         self.order = random.Random(seed)
-        self.at_once: dict[int, int | None] = {}
-        self.last = (0.0, 0.0)
+
+    @cached_property
+    def at_once(self) -> int | None:
+        """Tokens of a batch, by the longest row of all."""
+        known = [self.task.lose, self.task.keep]
+        rows, keep = [row for given in known for row in given.rows], max(given.keep for given in known)
+        return tokens_at_once(self.task.model, rows, keep, self.hooks)
 
     def hooks(self) -> AbstractContextManager[None]:
         """The model as the parameters have it."""
@@ -151,10 +162,12 @@ class _Search:
         """One step of Adam on a draw of prompts."""
         lose, keep = self._draw(self.task.lose), self._draw(self.task.keep)
         self.adam.zero_grad()
-        refusal = self._backward(lose, partial(self._losing, lose))
-        divergence = self._backward(keep, partial(self._keeping, keep, rate))
+        self._backward(lose, partial(self._losing, lose))
+        self._backward(keep, partial(self._keeping, keep, rate))
+        if self.task.hold is not None:
+            hold = self._draw(self.task.hold)
+            self._backward(hold, partial(self._keeping, hold, rate * self.recipe.hold))
         (self.recipe.pull * self.strengths.abs().mean()).backward()
-        self.last = refusal, divergence / rate
         self.adam.step()
 
     def direction(self) -> Direction:
@@ -165,7 +178,8 @@ class _Search:
         each = zip(self.names, self.strengths.tolist(), strict=True)
         strengths = {name: round(s, 4) if abs(s) >= LEAST_STRENGTH else 0.0 for name, s in each}
         vector = basis if self.chosen.vector.ndim == 2 else basis[0]
-        return dataclasses.replace(self.chosen, vector=vector, strengths=strengths, method=METHOD)
+        method = f"{self.chosen.method}, then {BY_GRADIENT}"
+        return dataclasses.replace(self.chosen, vector=vector, strengths=strengths, method=method)
 
     def point(self, direction: Direction, rate: float | None, steps: int) -> Point:
         """A direction with what it does on the validation prompts."""
@@ -182,11 +196,8 @@ class _Search:
         n = min(self.recipe.batch, len(given.prompts))
         return given.take(self.order.sample(range(len(given.prompts)), n))
 
-    def _backward(self, given: Answered, loss: Callable[[list[int], torch.Tensor], torch.Tensor]) -> float:
-        rows, keep = given.rows, given.keep
-        if keep not in self.at_once:
-            self.at_once[keep] = tokens_at_once(self.task.model, rows, keep, self.hooks)
-        return backward(self.task.model, rows, keep, loss, self.hooks, self.at_once[keep])
+    def _backward(self, given: Answered, loss: Callable[[list[int], torch.Tensor], torch.Tensor]) -> None:
+        backward(self.task.model, given.rows, given.keep, loss, self.hooks, self.at_once)
 
     def _losing(self, given: Answered, indices: list[int], logits: torch.Tensor) -> torch.Tensor:
         losses = list[torch.Tensor]()

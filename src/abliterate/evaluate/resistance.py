@@ -175,6 +175,11 @@ class Survival:
         """A point of the curve from the answers to the harmful prompts."""
         judged = [label for label in given.labels if label is not None]
         before = [i for i in self._base.refused if given.labels[i] is not None]
+        if not before:
+            raise VerifyError(
+                "the judge gave no verdict on any request that the model declines, so nothing tells what survives; try "
+                "another judge, or more prompts (--limit)"
+            )
         left = len(set(before) - set(given.answered))  # broken text is no answer: what breaks a model gets none
         return Point(
             directions, wilson(len(given.refused), len(judged)), len(judged), wilson(left, len(before)), len(before),

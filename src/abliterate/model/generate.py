@@ -22,11 +22,16 @@ _FIRST = 12
 
 
 class Completion(NamedTuple):
-    """A greedy answer: its `text`, its token `ids` (without the stop token), and whether it `ended` by itself."""
+    """A greedy answer: its `text`, its token `ids`, and the `stop` token behind them if it ended by itself."""
 
     text: str
     ids: list[int]
-    ended: bool
+    stop: int | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it ended by itself."""
+        return self.stop is not None
 
 
 @torch.inference_mode()
@@ -151,6 +156,5 @@ def _next(batch: Batch, token: torch.Tensor, stop: list[int]) -> Batch | None:
 
 
 def _completion(model: ChatModel, ids: list[int]) -> Completion:
-    stop = next((i for i, token in enumerate(ids) if token in model.stop_ids), None)
-    ids = ids if stop is None else ids[:stop]
-    return Completion(model.chat.text(ids), ids, stop is not None)
+    end = next((i for i, token in enumerate(ids) if token in model.stop_ids), None)
+    return Completion(model.chat.text(ids[:end]), ids[:end], None if end is None else ids[end])

@@ -116,6 +116,8 @@ def _batches(model: ChatModel, rows: list[list[int]], opening: Batch | None, tok
 
 def tokens_at_once(model: ChatModel, rows: Sequence[list[int]], keep: int, change: Change) -> int | None:
     """How many tokens a batch may have, so that its way back fits into memory; None where not even one row's does."""
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier passes left there is free, and counts as taken
     most, free = _AT_ONCE.get(model.device.type, _AT_ONCE_ELSEWHERE), available(model.device)
     if free is None:
         return most

@@ -15,6 +15,8 @@ _SWITCHES = {
     ("undo", False): "--no-undo",
     ("generate", False): "--no-generate",
     ("evaluate", False): "--no-eval",
+    ("tune", False): "--no-tune",
+    ("tune", True): "--tune",
 }
 
 

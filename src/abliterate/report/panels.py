@@ -123,18 +123,22 @@ def front(record: RunRecord) -> Panel | None:
         word = f"{name}, picked" if chosen else name
         spots.append(Spot(p["kl_along"], y, low, high, word, f"{name}: {figures}", shape, kind))
         said = f"{left.value:.1%} [{100 * left.low:.0f}, {100 * left.high:.0f}]"
-        numbers.append([word, str(p["steps"]), said, number(p["score"]), f"{p['kl']:.4f}", f"{p['kl_along']:.4f}"])
+        held = [] if p["held"] is None else [str(p["held"])]
+        numbers.append(
+            [word, str(p["steps"]), said, *held, number(p["score"]), f"{p['kl']:.4f}", f"{p['kl_along']:.4f}"]
+        )
     plain, best = points[0], points[record.front["picked"]]
     finding = (
         f"The edit that was picked leaves {best['refused']} of {best['asked']} refusals at KL {best['kl_along']:.4f} "
         f"along the answer; strength 1 everywhere leaves {plain['refused']} at {plain['kl_along']:.4f}."
     )
     how = (
-        "Share of the harmful validation prompts still declined (upwards, 95% Wilson intervals) against KL(base‖edited)"
-        " along the base's own answers to the harmless ones that it answers. A rate is what a nat of KL was worth in "
-        f"refusal log-odds while strengths were tuned. Picked: {_RULES[record.front['rule']]}."
+        f"Share of the {record.fitted} validation prompts still declined (upwards, 95% Wilson intervals) against "
+        "KL(base‖edited) along the base's own answers to the harmless ones that it answers. A rate is what a nat of KL "
+        f"was worth in refusal log-odds while strengths were tuned. Picked: {_RULES[record.front['rule']]}."
     )
-    columns = ("edit", "steps", "declined", "refusal score", "KL, first token", "KL, along")
+    true = ["true refusals left"] if record.keeps else []
+    columns = ("edit", "steps", "declined", *true, "refusal score", "KL, first token", "KL, along")
     picture = scatter(spots, finding, "KL along the answer, nats", "{:g}%")
     return Panel("front", finding, how, columns, numbers, picture)
 

@@ -91,6 +91,11 @@ class RunRecord:
         return self.resolved.get("keep") == "harmful"
 
     @property
+    def fitted(self) -> str:
+        """Whose refusals are to go: what the direction was found on."""
+        return "borderline" if self.keeps else "harmful"
+
+    @property
     def missed(self) -> bool:
         """Whether refusals of harmful test prompts did not rise though they were to."""
         found = self.metric("refusal_rate") or self.metric("refusal_score")
