@@ -71,7 +71,8 @@ class Task:
 
     `lose` are answers that decline, `keep` those whose distributions are to stay as they are; `declined` (prompts
     alone) and `kept` are the same of the validation prompts. `count` says how many of `asked` validation prompts the
-    model declines, hooked as it is when called, `held` how many refusals are left of those that are to stay; `hold` are such of train prompts.
+    model declines, hooked as it is when called. `hold` are refusals that are to stay, of train prompts, and `held`
+    counts those of validation prompts.
     """
 
     model: ChatModel
@@ -104,8 +105,8 @@ def tune(
         mean_lose [softplus(score + margin) + opening · mean softplus(log-odds of the refusal's later tokens)]
         + rate · mean_keep [mean_t KL_t(base‖edited) + first · KL_0(base‖edited)] + pull · mean |s|
 
-    (the second term again, times `hold`, over refusals that are to stay), with the base's own words forced. Arditi et al.
-    2024 (arXiv 2406.11717) give the score; Wollschläger et al. 2025 (arXiv 2502.17420) descend on one direction at
+    (the second term again, times `hold`, over refusals that are to stay), with the base's own words forced. Arditi et
+    al. 2024 (arXiv 2406.11717) give the score; Wollschläger et al. 2025 (arXiv 2502.17420) descend on one direction at
     strength 1.
     """
     search = _Search(task, chosen, candidates, recipe, seed)
