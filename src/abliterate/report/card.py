@@ -51,10 +51,10 @@ Use it for research, with safeguards of your own.
 - direction: {{ r.direction.method }}, {{ strengths }}
 {% elif places %}
 - {{ places|length }} directions, differences of means, each found with those before it ablated:
-  {{ places|join("; ") }}; {{ strengths }}
+  {{ places|join("; ") }}; {{ "the first turned by gradient; " if r.tuned }}{{ strengths }}
 {% else %}
 - direction: difference of means at layer {{ r.direction.layer }}, position {{ r.direction.position }},
-  {{ "turned by gradient, " if r.tuned }}{{ strengths }}
+  {{ "without its part along true refusals, " if r.keeps }}{{ "turned by gradient, " if r.tuned }}{{ strengths }}
 {% endif %}
 {% if adapter %}
 - a LoRA adapter that changes {{ r.edits|length }} tensors of the base; merge it to have the edited weights

@@ -39,7 +39,7 @@ def separation(record: RunRecord) -> Panel | None:
     table = record.charts.get("separation")
     if not table:
         return None
-    what = "harmful and harmless prompts lie furthest apart at {}: {:.3g} spreads"
+    what = record.fitted + " and harmless prompts lie furthest apart at {}: {:.3g} spreads"
     how = (
         "Distance of the two means without its part along the harmless mean, in units of the spread along it "
         "(covariances between the stream's axes are not kept, so the spread is near the standard deviation, not equal "
@@ -55,8 +55,9 @@ def fall(record: RunRecord) -> Panel | None:
         return None
     what = "ablating the candidate at {} lowers the refusal score most in the first round: by {:.3g}"
     how = (
-        f"Fall of the mean log-odds that the first token opens a refusal, on {record.charts['fall_prompts']} harmful "
-        "validation prompts, the same for every candidate. The best go on to more prompts, and must keep to the bounds."
+        "Fall of the mean log-odds that the first token opens a refusal, on "
+        f"{record.charts['fall_prompts']} {record.fitted} validation prompts, the same for every candidate. The best go "
+        "on to more prompts, and must keep to the bounds."
     )
     return _by_site(record, "fall", table, what, how, "log-odds")
 
@@ -100,7 +101,7 @@ def finalists(record: RunRecord) -> Panel | None:
     columns = ("layer, position", "base", "ablated", "base, harmless", "added", "rise at least", "KL")
     bound = "" if record.tuned else f"; KL may be {record.resolved['max_kl']:g} nats at most"
     how = (
-        "Mean refusal scores on validation prompts, at strength 1. Ablated on harmful prompts the score must fall; "
+        "Mean refusal scores on validation prompts, at strength 1. Ablated on declined prompts the score must fall; "
         f"added on harmless ones it must rise (less 1.96 standard errors, above 0){bound}. Tested from the lowest "
         "ablated score on, until one passes."
     )
@@ -164,8 +165,8 @@ def controls(record: RunRecord) -> Panel | None:
         f"{len(tried) - 1} controls, at least by {number(c['margin_low'])}."
     )
     how = (
-        f"Mean refusal score of {c['harmful_prompts']} harmful validation prompts (base {number(c['base'])}) and mean "
-        f"KL on {c['harmless_prompts']} harmless ones, with each direction in place of the chosen one: random "
+        f"Mean refusal score of {c['harmful_prompts']} {record.fitted} validation prompts (base {number(c['base'])}) and "
+        f"mean KL on {c['harmless_prompts']} harmless ones, with each direction in place of the chosen one: random "
         "ones, and what lies between two halves of the harmless train prompts at the same layer and position. At "
         "least: less 1.96 standard errors over the same prompts."
     )
@@ -177,11 +178,12 @@ def projected(record: RunRecord) -> Panel | None:
     found = record.charts.get("projections")
     if not found:
         return None
+    before = ", as it was before tuning," if record.tuned else ""
     gaps = [a - b for a, b in zip(found["harmful_mean"], found["harmless_mean"], strict=True)]
     widest = max(range(len(gaps)), key=lambda n: abs(gaps[n]))
     finding = (
-        f"Along the direction the means of harmful and harmless prompts are {abs(gaps[widest]):.3g} apart at layer "
-        f"{widest}, the widest gap of the {len(gaps)} layers shown."
+        f"Along the direction{before} the means of {record.fitted} and harmless prompts are {abs(gaps[widest]):.3g} "
+        f"apart at layer {widest}, the widest gap of the {len(gaps)} layers shown."
     )
     how = (
         "Mean component of the base's residual stream along the chosen direction at its position, train prompts, with "
@@ -189,7 +191,7 @@ def projected(record: RunRecord) -> Panel | None:
         "standard deviation, not equal to it)."
     )
     series = [
-        Band("harmful", "harmful", found["harmful_mean"], found["harmful_spread"]),
+        Band(record.fitted, "harmful", found["harmful_mean"], found["harmful_spread"]),
         Band("harmless", "harmless", found["harmless_mean"], found["harmless_spread"], dashed=True),
     ]
     numbers = [
@@ -198,9 +200,9 @@ def projected(record: RunRecord) -> Panel | None:
             zip(*(zip(b.means, b.spreads, strict=True) for b in series), strict=True)
         )
     ]  # fmt: skip
-    marks = key([("line", "harmful", "harmful (declined)"), ("dashed", "harmless", "harmless (answered)")])
+    marks = key([("line", "harmful", f"{record.fitted} (declined)"), ("dashed", "harmless", "harmless (answered)")])
     picture = bands(series, finding, record.direction.get("layer")) + marks
-    return Panel("projections", finding, how, ("layer", "harmful", "harmless"), numbers, picture)
+    return Panel("projections", finding, how, ("layer", record.fitted, "harmless"), numbers, picture)
 
 
 def _by_layer(edits: list[dict[str, Any]], figure: Any) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:

@@ -62,8 +62,9 @@ def print_direction(console: Console, direction: dict[str, Any], max_kl: float) 
     if direction["layer"] is None:
         say(console, Text.assemble(("direction", "bold"), f" {direction['method']}"))
         return
+    before = ", before tuning" if direction.get("strengths") else ""
     for part in direction.get("parts") or [direction]:
-        where = f"layer {part['layer']}, position {part['position']}"
+        where = f"layer {part['layer']}, position {part['position']}{before}"
         say(console, Text.assemble(("direction", "bold"), f" {where}: {_scores(part['scores'])}"))
     if stopped := direction.get("stopped"):
         say(console, f"no more directions: {stopped}")
