@@ -56,8 +56,8 @@ def fall(record: RunRecord) -> Panel | None:
     what = "ablating the candidate at {} lowers the refusal score most in the first round: by {:.3g}"
     how = (
         "Fall of the mean log-odds that the first token opens a refusal, on "
-        f"{record.charts['fall_prompts']} {record.fitted} validation prompts, the same for every candidate. The best go "
-        "on to more prompts, and must keep to the bounds."
+        f"{record.charts['fall_prompts']} {record.fitted} validation prompts, the same for every candidate. The best "
+        "go on to more prompts, and must keep to the bounds."
     )
     return _by_site(record, "fall", table, what, how, "log-odds")
 
@@ -165,7 +165,7 @@ def controls(record: RunRecord) -> Panel | None:
         f"{len(tried) - 1} controls, at least by {number(c['margin_low'])}."
     )
     how = (
-        f"Mean refusal score of {c['harmful_prompts']} {record.fitted} validation prompts (base {number(c['base'])}) and "
+        f"Mean refusal score of {c['harmful_prompts']} {record.fitted} validation prompts (base {number(c['base'])}), "
         f"mean KL on {c['harmless_prompts']} harmless ones, with each direction in place of the chosen one: random "
         "ones, and what lies between two halves of the harmless train prompts at the same layer and position. At "
         "least: less 1.96 standard errors over the same prompts."
