@@ -78,7 +78,7 @@ def test_the_record_has_every_metric_with_its_fields(finished: tuple[RunRecord, 
     fields = {"name", "prompts", "base", "base_low", "base_high", "edited", "low", "high", "n", "method"}
     assert all(set(m) == fields and m["n"] > 0 for m in stored["metrics"])
     assert RunRecord.load(out / "abliteration" / "run.json") == record
-    assert set(stored["seconds"]) == {"observe", "collect", "select", "tune", "controls", "edit", "evaluate"}
+    assert set(stored["seconds"]) == {"observe", "collect", "select", "tune", "pick", "controls", "edit", "evaluate"}
 
 
 def test_no_completion_and_no_prompt_is_kept(finished: tuple[RunRecord, Path], refusing: Refusing) -> None:

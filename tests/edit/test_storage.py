@@ -81,7 +81,9 @@ def test_any_matrix_gets_the_component_asked_for_and_the_leak_is_what_is_measure
         norm, now = np.linalg.norm(before, axis=0), np.linalg.norm(exact, axis=0)
         exact = exact * np.divide(norm, now, out=np.ones_like(now), where=now > 1e-3 * norm)
     removed = np.linalg.norm(d.T @ before)
-    if min(np.linalg.norm(exact, axis=0)) > 1e-2 * min(np.linalg.norm(before, axis=0)):
+    left = min(np.linalg.norm(before - strength * d @ (d.T @ before), axis=0) / np.linalg.norm(before, axis=0))
+    # What is scaled back up from a hundredth of its norm has a hundred times the rounding.
+    if left > (0.1 if keep_norms else 1e-2):
         assert np.linalg.norm(d.T @ (after - exact)) / removed == pytest.approx(leak, rel=0.1, abs=1e-4)
         step = {"BF16": 2**-8, "F16": 2**-11}.get(dtype, 1e-5)
         assert np.linalg.norm(after - exact) <= 6 * step * np.linalg.norm(np.abs(exact) + np.abs(before))
