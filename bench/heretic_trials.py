@@ -5,6 +5,7 @@ PYTHON bench/heretic_trials.py FOLDER [what the command `heretic` takes]
 PYTHON is one with heretic-llm in it. heretic's own program runs as it is; only its questions are answered here: a
 search that was interrupted is taken up, and when it is over, each trial in turn is chosen and saved as the adapter that
 heretic makes of it, into FOLDER/trials/NNN. What the search took stands in FOLDER/search.json, without the saving.
+A trial in which it is killed counts for heretic as one of those asked for: there will be one less.
 """
 
 from __future__ import annotations
@@ -72,12 +73,13 @@ class Answers:
         study = optuna.load_study(study_name="heretic", storage=storage)
         trials = [t for t in study.trials if t.state == TrialState.COMPLETE]
         starts = [datetime.fromtimestamp(float(s)) for s in (self.folder / "starts").read_text().split()]
+        first, last = min(t.datetime_start for t in trials), max(t.datetime_complete for t in trials)
         used = resource.getrusage(resource.RUSAGE_SELF)
         found = {
             "version": version("heretic-llm"),
             "settings": json.loads(study.user_attrs["settings"]),
-            "sessions": sum(s < max(t.datetime_complete for t in trials) for s in starts),
-            "setup_seconds": (min(t.datetime_start for t in trials) - starts[0]).total_seconds(),
+            "sessions": sum(s < last for s in starts),
+            "setup_seconds": (first - max(s for s in starts if s < first)).total_seconds(),
             "cpu_seconds": used.ru_utime + used.ru_stime,
             "peak_bytes": 1024 * used.ru_maxrss,
             "trials": [_described(t, t.number in offered) for t in trials],
