@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--max-rows", type=int, default=16)
     args = parser.parse_args()
     if not args.out.is_dir():
-        subprocess.run(["abliterate", "run", args.model, "-o", str(args.out)], check=True)
+        subprocess.run([sys.executable, "-m", "abliterate", "run", args.model, "-o", str(args.out)], check=True)
     (args.out / "abliteration" / "report.html").unlink()  # it may be of an earlier version
     subprocess.run(["abliterate", "report", str(args.out)], check=True, stdout=subprocess.DEVNULL)
     record = RunRecord.load(args.out / "abliteration" / "run.json")
