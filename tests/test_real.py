@@ -6,12 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate
-from abliterate import roles, steps
+from abliterate import roles, steps, verbs
 from abliterate.activations.collect import collect
 from abliterate.evaluate.refusals import ask
 from abliterate.model.generate import generate
@@ -65,10 +66,31 @@ def test_qwen_refuses_a_tenth_as_often_at_a_small_cost(qwen: Job) -> None:
     assert len(base.refused) > 10 and len(edited.refused) <= 0.1 * len(base.refused)
 
 
-def test_qwen_loses_the_direction_from_every_matrix_and_from_the_stream(qwen: Job) -> None:
-    assert len(qwen.record.edits) == 1 + 2 * 24
-    assert all(e["leak"] < 0.02 and e["norm_removed"] > 0 for e in qwen.record.edits)
-    assert qwen.value("leak", "edited") < 0.01 < qwen.value("leak", "base")
+def test_qwen_loses_a_direction_from_every_matrix_and_from_the_stream_at_strength_1(tmp_path: Path) -> None:
+    if not QWEN.is_dir():
+        pytest.skip(f"{QWEN} is not there; ../shared/fetch_real_model.py puts it there")
+    r = np.random.default_rng(0).normal(size=896)
+    np.save(tmp_path / "d.npy", r / np.linalg.norm(r))
+    record = verbs.edit(str(QWEN), tmp_path / "d.npy", tmp_path / "out")
+    assert len(record.edits) == 1 + 2 * 24
+    assert all(e["leak"] < 0.02 and e["norm_removed"] > 0 for e in record.edits)
+    unit, prompts = torch.from_numpy(r / np.linalg.norm(r)).float(), ["What is the capital of France?"]
+
+    def largest(folder: Path) -> float:
+        model = steps.load(folder, Options())
+        with torch.inference_mode():
+            states = model.model(torch.tensor(model.chat.encode(prompts)), output_hidden_states=True).hidden_states
+        # The last of them comes after the final norm, which may write along anything.
+        return max(((h.float() @ unit).abs() / h.float().norm(dim=-1)).max().item() for h in states[:-1])
+
+    assert largest(tmp_path / "out") < 0.01 < largest(QWEN)
+
+
+def test_qwen_keeps_what_it_casts_at_every_strength_that_was_tuned(qwen: Job) -> None:
+    assert all(e["leak"] < 0.02 for e in qwen.record.edits)
+    assert qwen.record.tuned and len({e["strength"] for e in qwen.record.edits}) > 10
+    points, picked = qwen.record.front["points"], qwen.record.front["picked"]
+    assert points[picked]["kl_along"] < 0.5 * points[0]["kl_along"]
 
 
 def test_the_results_load_in_plain_transformers_and_answer(qwen: Job, demo: Job) -> None:
