@@ -55,7 +55,7 @@ def test_what_is_picked_keeps_every_bound_or_the_error_says_what_is_possible(
 
 
 def test_the_knee_weighs_shares_of_the_bases_refusals_against_shares_of_the_plain_cost() -> None:
-    plain, timid, bold = point(0, 0.1, 0.04), point(20, 0.01, 0.002), point(1, 0.04, 0.008)
+    plain, timid, bold = point(0, 0.1, 0.04), point(10, 0.01, 0.002), point(1, 0.04, 0.008)
     assert knee([plain, timid, bold], plain, 30) is bold
     assert knee([plain, timid], plain, 30) is timid
     assert knee([plain, point(29, 0.001, 0.002)], plain, 30) is plain

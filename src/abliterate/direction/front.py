@@ -58,11 +58,11 @@ def front(points: Sequence[Point]) -> list[Point]:
 def knee(points: Sequence[Point], plain: Point, base_refused: int) -> Point:
     """The point where one more share of refusals costs as much as it is worth.
 
-    The least `refused / base_refused + kl_along / plain.kl_along`: a share of the base's refusals weighs as much as the
-    same share of what the plain edit (strength 1 everywhere) costs.
+    The least `2 · refused / base_refused + kl_along / plain.kl_along`: a share of the base's refusals weighs twice as
+    much as the same share of what the plain edit (strength 1 everywhere) costs.
     """
     scale = plain.kl_along or 1.0
-    return min(points, key=lambda p: (p.refused / max(1, base_refused) + p.kl_along / scale, p.kl_along))
+    return min(points, key=lambda p: (2 * p.refused / max(1, base_refused) + p.kl_along / scale, p.kl_along))
 
 
 def pick(

@@ -46,8 +46,8 @@ class Recipe:
     refusals that are to stay beside answers. What else was tried: docs/method.md.
     """
 
-    rates: tuple[float, ...] = (40.0, 20.0, 12.0, 10.0)
-    steps: int = 5
+    rates: tuple[float, ...] = (40.0, 20.0, 10.0)
+    steps: int = 6
     batch: int = 16
     learning_rate: float = 0.07
     turning: float = 0.2
