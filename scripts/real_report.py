@@ -112,7 +112,7 @@ def main() -> None:
     if not args.out.is_dir():
         subprocess.run([sys.executable, "-m", "abliterate", "run", args.model, "-o", str(args.out)], check=True)
     (args.out / "abliteration" / "report.html").unlink()  # it may be of an earlier version
-    subprocess.run(["abliterate", "report", str(args.out)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "abliterate", "report", str(args.out)], check=True, stdout=subprocess.DEVNULL)
     record = RunRecord.load(args.out / "abliteration" / "run.json")
     shown = [s for s in sections(record, unfinished=False) if s.panels]
     take_pictures((args.out / "abliteration" / "report.html").resolve(), [s.name for s in shown])

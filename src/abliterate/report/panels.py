@@ -145,8 +145,8 @@ def front(record: RunRecord) -> Panel | None:
 
 
 _RULES = {
-    "knee": "the knee, where twice the share of the base's refusals that are left and the share of the cost of strength "
-    "1 everywhere add up to least",
+    "knee": "the knee, where twice the share of the base's refusals that are left and the share of the cost of "
+    "strength 1 everywhere add up to least",
     "target": "the cheapest that leaves at most --target-refusals",
 }
 
