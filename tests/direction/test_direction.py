@@ -121,15 +121,6 @@ def test_refusal_tokens_are_those_that_open_refusals_and_not_answers() -> None:
         refusal_tokens([5] * 10, [5] * 10)
 
 
-@pytest.fixture
-def trial(tiny: Tiny) -> Trial:
-    """A random model, a few rows of uneven length, and two tokens that count as refusal."""
-    folder = tiny("gemma2")
-    model = load_model(folder, device="cpu", dtype="float32")
-    rows = model.chat.encode(["Hi", "How are you?", "Name a river in Asia", "What now", "Yes or no"])
-    return Trial(model, plan_edit(open_checkpoint(folder)).sites, rows[:3], rows[2:], [40, 50], batch_size=4)
-
-
 def some(n: int) -> list[Direction]:
     rng = np.random.default_rng(2)
     vectors = rng.normal(size=(n, 32)).astype(np.float32)

@@ -23,7 +23,6 @@ from abliterate.direction.several import after, basis, chain, extended, orthogon
 from abliterate.edit.plan import plan_edit
 from abliterate.errors import UsageError
 from abliterate.model.hooks import ablate, add_vectors
-from abliterate.model.load import load_model
 from abliterate.model.run import first_token_log_probs, kl_divergence
 from tests.conftest import Refusing
 from tests.model.test_blockwise import PROMPTS, both
@@ -131,15 +130,6 @@ def test_what_would_cost_too_much_is_not_kept_and_said() -> None:
     (first,) = chain(trial, again, 1, 0.2)
     found = extended(trial, Choice(first, [], []), again, 5, 0.001).direction
     assert found.rank == 1 and "KL 0.010" in found.stopped
-
-
-@pytest.fixture
-def trial(tiny: Tiny) -> Trial:
-    """A random model with gains behind what it writes, a few rows, and two tokens that count as refusal."""
-    folder = tiny("gemma2")
-    model = load_model(folder, device="cpu", dtype="float32")
-    rows = model.chat.encode(["Hi", "How are you?", "Name a river in Asia", "What now", "Yes or no"])
-    return Trial(model, plan_edit(open_checkpoint(folder)).sites, rows[:3], rows[2:], [40, 50], batch_size=4)
 
 
 def test_candidates_are_tried_behind_what_is_removed(trial: Trial) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,16 +95,24 @@ def test_the_saved_weights_do_what_was_measured_with_hooks(
     assert base[0].score > point["score"] + 2
 
 
-def test_an_interrupted_tuned_run_resumes_to_the_same_bytes(
-    tuned: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+def stop(*_: object) -> None:
+    """What a person's Ctrl-C does."""
+    raise KeyboardInterrupt
 
+
+def interrupted(refusing: Refusing, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a tuned run that was interrupted when weights were to be written."""
     options = refusing.options | {"tune": True, "evaluate": False}
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
         broken.setattr("abliterate.pipeline.write_edited", stop)
-        abliterate.run(str(refusing.folder), tmp_path / "out", **options)
+        abliterate.run(str(refusing.folder), out, **options)
+    return options
+
+
+def test_an_interrupted_tuned_run_resumes_to_the_same_bytes(
+    tuned: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = interrupted(refusing, tmp_path / "out", monkeypatch)
     with monkeypatch.context() as broken:
         broken.setattr("abliterate.find.tune", stop)
         abliterate.run(str(refusing.folder), tmp_path / "out", resume=True, **options)
@@ -114,13 +123,7 @@ def test_an_interrupted_tuned_run_resumes_to_the_same_bytes(
 def test_a_run_that_went_on_with_one_edit_takes_no_other(
     refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    options = refusing.options | {"tune": True, "evaluate": False}
-    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr("abliterate.pipeline.write_edited", stop)
-        abliterate.run(str(refusing.folder), tmp_path / "out", **options)
+    options = interrupted(refusing, tmp_path / "out", monkeypatch)
     page = report(tmp_path / "out.partial").read_text()
     assert "strength 1 everywhere leaves" in page and "is chosen for" in page
     with pytest.raises(UsageError, match="went on with the knee"):

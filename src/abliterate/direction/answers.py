@@ -14,7 +14,7 @@ from abliterate.model.batches import batches
 from abliterate.model.generate import generate
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
-from abliterate.model.run import forward, log_probs
+from abliterate.model.run import along, forward, log_probs
 
 #: The likeliest tokens kept of each distribution; the others count as one.
 _LIKELIEST = 256
@@ -71,11 +71,6 @@ def _likeliest(model: ChatModel, given: Answered, batch_size: int) -> list[tuple
             p = log_probs(logits[row, along(given.answers[index])])
             found[index] = p.topk(min(_LIKELIEST, p.shape[-1]), -1)
     return [(found[i][0].clone(), found[i][1].clone()) for i in range(len(given.prompts))]
-
-
-def along(answer: list[int]) -> slice:
-    """The positions, counted from a row's end, whose logits are about the tokens of its answer."""
-    return slice(-len(answer) - 1, -1)
 
 
 def divergence_along(likeliest: tuple[torch.Tensor, torch.Tensor], q: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from abliterate.direction.answers import Answered, along, divergence_along
+from abliterate.direction.answers import Answered, divergence_along
 from abliterate.direction.direction import Direction
 from abliterate.direction.front import Point
 from abliterate.direction.refusal_score import refusal_score
@@ -27,7 +27,7 @@ from abliterate.model.gradient import backward, tokens_at_once
 from abliterate.model.hooks import ablate
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps, no_steps
-from abliterate.model.run import forward, log_probs
+from abliterate.model.run import along, forward, log_probs
 from abliterate.model.sites import WriterSite
 
 #: Strengths below this are none: their tensors stay as they are, byte for byte.
@@ -149,15 +149,18 @@ class _Search:
     @cached_property
     def at_once(self) -> int | None:
         """Tokens of a batch, by the longest row of all."""
-        known = [self.task.lose, self.task.keep]
+        known = [given for given in (self.task.lose, self.task.keep, self.task.hold) if given is not None]
         rows, keep = [row for given in known for row in given.rows], max(given.keep for given in known)
         return tokens_at_once(self.task.model, rows, keep, self.hooks)
 
     def hooks(self) -> AbstractContextManager[None]:
         """The model as the parameters have it."""
+        return ablate(self.task.model, self.task.sites, self._basis()[None], self.strengths[self.index])
+
+    def _basis(self) -> torch.Tensor:
+        """`[k, d_model]`: the direction as its coordinates have it, and those that stay as they are."""
         unit = functional.normalize(self.coordinates @ self.span, dim=0)
-        basis = torch.cat([unit[None], self.fixed])
-        return ablate(self.task.model, self.task.sites, basis[None], self.strengths[self.index])
+        return torch.cat([unit[None], self.fixed])
 
     def step(self, rate: float) -> None:
         """One step of Adam on a draw of prompts."""
@@ -174,8 +177,7 @@ class _Search:
     def direction(self) -> Direction:
         """The parameters as a direction with strengths; small ones are none."""
         with torch.no_grad():
-            unit = functional.normalize(self.coordinates @ self.span, dim=0)
-            basis = torch.cat([unit[None], self.fixed]).cpu().numpy().astype(np.float32)
+            basis = self._basis().cpu().numpy().astype(np.float32)
         each = zip(self.names, self.strengths.tolist(), strict=True)
         strengths = {name: round(s, 4) if abs(s) >= LEAST_STRENGTH else 0.0 for name, s in each}
         vector = basis if self.chosen.vector.ndim == 2 else basis[0]

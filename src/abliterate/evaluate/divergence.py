@@ -15,7 +15,7 @@ from abliterate.evaluate.intervals import Interval, bootstrap
 from abliterate.model.batches import Batch, batches, pad_left
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Progress, silent
-from abliterate.model.run import Change, forward, kl_divergence, log_probs, unchanged
+from abliterate.model.run import Change, along, forward, kl_divergence, log_probs, unchanged
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -82,8 +82,7 @@ def divergence(
     for (first, logits), (_, others) in zip(base_passes, other_passes, strict=True):
         for row, index in enumerate(first.indices):  # one by one: in float32 a batch of these fills gigabytes
             answer = continuations[index]
-            # Position −n−1 predicts the first answer token, position −2 the last.
-            span = slice(-len(answer) - 1, -1)
+            span = along(answer)
             p, q = log_probs(logits[row, span]), log_probs(others[row, span]).to(logits.device)
             out[index] = [*_first_and_mean(kl_divergence(p, q)), _nll(p, answer), _nll(q, answer), len(answer)]
             if index in again:

@@ -38,6 +38,11 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def along(answer: list[int]) -> slice:
+    """The positions, counted from a row's end, whose logits are about the tokens of the answer it ends with."""
+    return slice(-len(answer) - 1, -1)
+
+
 def unchanged(_batch: Batch) -> AbstractContextManager[None]:
     """The model as it is."""
     return nullcontext()
