@@ -43,6 +43,15 @@ Change = Callable[[Sequence[Direction]], AbstractContextManager[None]]
 Measure = Callable[[torch.Tensor, list[int]], torch.Tensor]
 
 
+def preference(tested: Direction) -> tuple[float, float]:
+    """What is least for the best candidate: its ablated score, but no lower than the base's on harmless prompts; KL.
+
+    A harmful prompt that is answered like a harmless one cannot be answered more than that: what an edit does to scores
+    beyond it is only cost.
+    """
+    return max(tested.scores["ablated"], tested.scores["base_harmless"]), tested.scores["kl"]
+
+
 class Choice(NamedTuple):
     """The direction chosen, the finalists with their scores, and all candidates with those of the first round.
 
@@ -146,11 +155,15 @@ class Trial:
         return first_token_log_probs(self.model, self.harmless, self.batch_size)
 
     def _ablate(self, directions: Sequence[Direction]) -> AbstractContextManager[None]:
+        if directions[0].layers is not None:
+            each = torch.from_numpy(np.stack([d.removed for d in directions], 1))
+            return ablate(self.model, self.sites, each, self.strength)
         together = torch.from_numpy(np.stack([np.atleast_2d(d.vector) for d in directions]))
         if self.removed is not None:
             before = torch.from_numpy(self.removed).expand(len(directions), -1, -1)
             together = torch.cat([before, together], 1)
-        return ablate(self.model, self.sites, together, self.strength)
+        offset = torch.tensor([[d.offset] for d in directions]) if any(d.offset for d in directions) else None
+        return ablate(self.model, self.sites, together, self.strength, offset)
 
     @contextmanager
     def _add(self, directions: Sequence[Direction]) -> Iterator[None]:
@@ -175,9 +188,10 @@ def choose(trial: Trial, candidates: list[Direction], max_kl: float, steps: Step
 
     After Arditi et al. 2024 (arXiv 2406.11717, appendix C): minimise the refusal score of harmful prompts
     under ablation, such that adding the direction surely raises the score of harmless prompts, and KL stays under
-    `max_kl`. Rough rounds on a few prompts pick the finalists, rows of a batch carrying candidates of their own. The
-    bounds are tested from the lowest ablated score upwards until one finalist passes, so `added`, `rise` and `kl` are
-    known up to there only.
+    `max_kl`; of those that bring it to where harmless prompts are, the one of least KL. Rough rounds on a few prompts
+    pick the finalists, rows of a batch carrying candidates of their own. The bounds are tested from the lowest ablated
+    score upwards until one finalist passes and no other gets so far, so `added`, `rise` and `kl` are known up to there
+    only.
 
     Raises:
         VerifyError: no candidate passes; says which bound failed.
@@ -191,15 +205,17 @@ def ranked(
 ) -> tuple[list[Direction], list[Direction], list[Direction]]:
     """The finalists, lowest ablated score first, in two lists; and all candidates with what they scored in round 1.
 
-    In the first are those whose bounds were tested: from the lowest score upwards until one keeps to them.
+    In the first are those whose bounds were tested: all that reach the score of harmless prompts, and others from the
+    lowest score upwards until one keeps to the bounds.
     """
     finalists, tried = _finalists(trial, candidates, max_kl, steps)
     step, tested = steps("testing the choice", len(finalists)), list[Direction]()
     for direction in finalists:
+        far = direction.scores["ablated"] > direction.scores["base_harmless"]
+        if far and any(causes(d) and d.scores["kl"] <= max_kl for d in tested):
+            break
         tested.append(trial.bounded(direction))
         step(1)
-        if causes(tested[-1]) and tested[-1].scores["kl"] <= max_kl:
-            break
     step(len(finalists) - len(tested))
     return tested, finalists[len(tested) :], tried
 
@@ -253,7 +269,7 @@ def _first_round(trial: Trial, candidates: list[Direction], scores: Float64Array
 
 
 def _pick(tested: list[Direction], max_kl: float) -> Direction:
-    """The finalist with the lowest ablated score among those that pass every bound."""
+    """The best finalist among those that pass every bound."""
     falls = [d for d in tested if d.scores["ablated"] < d.scores["base_harmful"]]
     if not falls:
         raise VerifyError(
@@ -273,7 +289,7 @@ def _pick(tested: list[Direction], max_kl: float) -> Direction:
             f"every candidate that stops refusals moves harmless answers by more than {max_kl} nats (the least: layer "
             f"{least.layer}, position {least.position}, KL {least.scores['kl']:.3f}); raise --max-kl to accept it"
         )
-    return min(cheap, key=lambda d: d.scores["ablated"])
+    return min(cheap, key=preference)
 
 
 def _figures(

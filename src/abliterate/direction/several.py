@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from abliterate.direction.choose import Choice, Float32Array, Float64Array, Trial, causes, certain, ranked
+from abliterate.direction.choose import Choice, Float32Array, Float64Array, Trial, causes, certain, preference, ranked
 from abliterate.direction.direction import METHOD, Direction
 from abliterate.model.progress import Steps, no_steps
 
@@ -83,7 +83,7 @@ def told(parts: Sequence[Direction]) -> list[dict[str, Any]]:
 def successor(trial: Trial, again: Again, max_kl: float, steps: Steps = no_steps) -> Direction | None:
     """The best candidate behind what a trial has removed, orthogonal to that; None where nothing tells the sets apart.
 
-    The one with the lowest ablated score among those that pass all bounds; where none does, among those within
+    The best by `preference` among those that pass all bounds; where none does, among those within
     `max_kl`; where none is, the one of least KL.
     """
     found = orthogonal(again(trial), trial.removed)
@@ -93,7 +93,7 @@ def successor(trial: Trial, again: Again, max_kl: float, steps: Steps = no_steps
     passing = [d for d in tested if _passes(d, max_kl)]
     within = [d for d in tested if d.scores["kl"] <= max_kl]
     if passing or within:
-        return min(passing or within, key=lambda d: d.scores["ablated"])
+        return min(passing or within, key=preference)
     return min(tested, key=lambda d: d.scores["kl"])
 
 
