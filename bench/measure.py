@@ -58,7 +58,14 @@ class Settings:
             "xstest_safe": ("xstest.jsonl:label=safe", self.xstest),
             "xstest_unsafe": ("xstest.jsonl:label=unsafe", self.xstest),
         }
-        return {name: load_prompts(f"{self.data}/{file}").head(limit) for name, (file, limit) in files.items()}
+        return {name: spread(load_prompts(f"{self.data}/{file}"), limit) for name, (file, limit) in files.items()}
+
+
+def spread(prompts: PromptSet, n: int | None) -> PromptSet:
+    """`n` prompts at even distances, as files are in order of their kinds; all where there are no more."""
+    if n is None or n >= len(prompts):
+        return prompts
+    return prompts.take([i * len(prompts) // n for i in range(n)])
 
 
 class Both:

@@ -75,8 +75,9 @@ def edit(
     given = {"model": model, "direction": str(direction), "output": str(output), **options}
     settings = {
         "edit": checkpoint.fingerprint,
-        "direction": sha256(found.vector.tobytes()).hexdigest(),
+        "direction": sha256(found.removed.tobytes()).hexdigest(),
         "strengths": found.strengths,
+        "offset": found.offset,
         **{name: getattr(chosen, name) for name in ("strength", "embeddings", "keep_norms", "format", "undo")},
     }
     start = time.monotonic()
@@ -111,14 +112,14 @@ def write_edited(
 ) -> list[dict[str, Any]]:
     """Steps 3 and 4 into a workspace, as a checkpoint or an adapter; the records of all edited tensors."""
     progress = steps("editing weights", len(plan.writers))
-    vector, out = direction.vector, work.folder
+    vector, out, offset = direction.removed, work.folder, direction.offset
     try:
         if options.format == "adapter":
-            edits = write_adapter(checkpoint, plan, vector, out, options.strength, progress)
+            edits = write_adapter(checkpoint, plan, vector, out, options.strength, progress, offset=offset)
         else:
             edits = apply_edit(
                 checkpoint, plan, vector, out, options.strength, progress,
-                keep_norms=options.keep_norms, undo=options.undo, journal=work,
+                keep_norms=options.keep_norms, offset=offset, undo=options.undo, journal=work,
             )  # fmt: skip
     except VerifyError:
         _require_unchanged(checkpoint, work)

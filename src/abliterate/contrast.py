@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from abliterate.activations.collect import collect_sets
 from abliterate.activations.stats import ActivationStats
 from abliterate.direction.choose import DEEPEST, Trial
-from abliterate.direction.direction import Direction, apart, candidates
+from abliterate.direction.direction import Direction, affine, apart, by_layer, candidates
 from abliterate.direction.several import Again
 from abliterate.edit.plan import EditPlan
 from abliterate.model.load import ChatModel
@@ -28,6 +28,11 @@ MOST_LOST = 0.05
 
 
 def depth(n_layers: int, options: Options) -> int:
+    """How many of the first layers statistics are needed of."""
+    return n_layers if options.method == "per-layer" else deepest(n_layers, options)
+
+
+def deepest(n_layers: int, options: Options) -> int:
     """How many of the first layers a direction may come from."""
     return options.layer + 1 if options.layer is not None else max(1, int(DEEPEST * n_layers))
 
@@ -81,9 +86,13 @@ def spanned(
 ) -> list[Direction]:
     """All candidates in the statistics of a model of `n_layers`, without the refusals that are held."""
     lose, keep = stats
-    last = depth(n_layers, options)
-    found = candidates(lose, keep, last)
-    return found if held is None else apart(found, candidates(held.stats, keep, last))
+    found = candidates(lose, keep, depth(n_layers, options), options.method in ("projected", "per-layer"))
+    if options.method == "affine":
+        return affine(found, keep)
+    if options.method == "per-layer":
+        within = range(deepest(n_layers, options)) if options.layer is None else [options.layer]
+        return by_layer(found, within, lose, keep)
+    return found if held is None else apart(found, candidates(held.stats, keep, depth(n_layers, options)))
 
 
 def named(

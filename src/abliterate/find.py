@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 from abliterate import observe as observing
+from abliterate.activations.collect import collect_sets
 from abliterate.activations.stats import ActivationStats
-from abliterate.contrast import Contrast, candidates_again, causal_test, named, spanned
+from abliterate.contrast import Contrast, candidates_again, causal_test, depth, named, spanned
 from abliterate.direction import choose as choosing
 from abliterate.direction import controls as controlling
 from abliterate.direction import several
@@ -22,9 +23,10 @@ from abliterate.direction.direction import Direction, most_separated
 from abliterate.direction.front import Point
 from abliterate.direction.tune import HOLDING, RECIPE, Task
 from abliterate.edit.plan import EditPlan
-from abliterate.errors import NoRefusalError, UsageError, VerifyError
+from abliterate.errors import NoRefusalError, UnsupportedError, UsageError, VerifyError
 from abliterate.model.load import ChatModel
 from abliterate.model.progress import Steps, no_steps
+from abliterate.model.run import starts_as_embedding
 from abliterate.observe import Observation
 from abliterate.options import Options
 from abliterate.prompts import PromptSet, Splits
@@ -51,6 +53,8 @@ def select(
         UsageError: `layer` or `position` is not among the candidates.
         VerifyError: no candidate passes the test.
     """
+    if options.method == "affine":
+        _require_slot(model, plan)
     found = named(stats, model.n_layers, options, shown.held)
     if not found and shown.held is not None and named(stats, model.n_layers, options):
         raise VerifyError(
@@ -78,6 +82,20 @@ def select(
         kept, most = choice.direction.rank, options.directions
         logger.info("directions: %d of at most %d; %s", kept, most, choice.direction.stopped)
     return choice
+
+
+def _require_slot(model: ChatModel, plan: EditPlan) -> None:
+    """Check that what every row of the embedding has along a direction is what the stream has along it.
+
+    Raises:
+        UnsupportedError: it is scaled, or behind a norm.
+    """
+    embedding = [w for w in plan.writers if w.module == "embed" and w.gain is None and not w.centred]
+    if not embedding or not starts_as_embedding(model):
+        raise UnsupportedError(
+            f"--method affine: what the stream is to keep goes into the embedding, and {model.model.config.model_type} "
+            "scales its rows before they enter the stream; use another method"
+        )
 
 
 def why_not_tuned(model: ChatModel, observed: Observation, options: Options) -> str | None:
@@ -159,8 +177,10 @@ def controls(
     return controlling.controls(trial, direction, shown.train[1], options.seed, steps)
 
 
-def hold(model: ChatModel, harmful: Splits, options: Options, steps: Steps) -> tuple[list[int], list[int]]:
-    """Which train and validation prompts are declined: refusals that are to stay.
+def hold(
+    model: ChatModel, plan: EditPlan, harmful: Splits, options: Options, steps: Steps
+) -> tuple[list[int], list[int], ActivationStats]:
+    """Which train and validation prompts are declined: refusals that are to stay; and statistics of the former.
 
     Raises:
         NoRefusalError: too few are.
@@ -173,4 +193,9 @@ def hold(model: ChatModel, harmful: Splits, options: Options, steps: Steps) -> t
             f"{len(validation)} of {len(harmful.validation)} for validation: there is hardly a refusal to keep; leave "
             "out --keep, or give harmful prompts that it declines with --harmful"
         )
-    return train, validation
+    held = harmful.train.take(train)
+    (stats,) = collect_sets(
+        model, (held,), options.batch_size, model_fingerprint=plan.source, n_layers=depth(model.n_layers, options),
+        progress=steps("collecting activations", len(held)),
+    )  # fmt: skip
+    return train, validation, stats

@@ -16,6 +16,8 @@ from abliterate.errors import UsageError
 LIMITS = {"train": 64, "validation": 48, "test": 64}
 #: More directions than this are asked for in vain: each takes its own pass over all candidates.
 MOST_DIRECTIONS = 8
+#: How a direction is made of two means, and what is left along it.
+METHODS = ("projected", "difference", "per-layer", "affine")
 #: The judges that come with the package; any other is an endpoint.
 JUDGES = ("rules", "classifier")
 
@@ -32,6 +34,7 @@ class Options:
     layer: int | None = None
     position: int | None = None
     directions: int = 1
+    method: Literal["projected", "difference", "per-layer", "affine"] = "projected"
     keep: Literal["harmful"] | None = None
     strength: float = 1.0
     max_kl: float = 0.2
@@ -85,6 +88,7 @@ class Options:
                 f"--strength {self.strength:g}: expected -4 to 4 and not 0, which changes nothing (1 removes the "
                 "direction, 2 reflects, -1 doubles it)"
             )
+        self._check_method()
         self._check_keep()
         self._check_tuning()
         self._check_judge()
@@ -108,7 +112,21 @@ class Options:
             return f"--strength {self.strength:g}"
         if self.keep_norms:
             return "--keep-norms"
+        if self.method in ("per-layer", "affine"):
+            return f"--method {self.method}"
         return None if self.generate else "--no-generate"
+
+    def _check_method(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"--method {self.method}: expected {', '.join(METHODS)}")
+        if self.method != "projected" and self.keep is not None:
+            raise UsageError(f"--method {self.method}: leave it out with --keep {self.keep}")
+        if self.method in ("per-layer", "affine") and self.directions > 1:
+            raise UsageError(f"--method {self.method}: takes one direction, not --directions {self.directions}")
+        if self.method == "affine" and self.keep_norms:
+            raise UsageError("--method affine: what it adds changes norms; leave out --keep-norms")
+        if self.method == "affine" and self.embeddings == "keep":
+            raise UsageError("--method affine: what it adds goes into the embedding; leave out --embeddings keep")
 
     def _check_keep(self) -> None:
         if self.keep not in (None, "harmful"):

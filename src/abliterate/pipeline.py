@@ -13,7 +13,6 @@ from typing import Any
 
 from abliterate import find
 from abliterate import steps as step
-from abliterate.activations.collect import collect_sets
 from abliterate.activations.stats import ActivationStats
 from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
@@ -153,16 +152,9 @@ class _Run:
             return Contrast(observed, sets.lose, sets.harmless)
 
         def compute() -> list[list[int]]:
-            held = find.hold(self.base, sets.harmful, self.options, self.steps)
-            n_layers = depth(self.checkpoint.n_layers, self.options)
-            prompts = sets.harmful.train.take(held[0])
-            progress = self.steps("collecting activations", len(prompts))
-            (stats,) = collect_sets(
-                self.base, (prompts,), self.options.batch_size, model_fingerprint=self.checkpoint.fingerprint,
-                n_layers=n_layers, progress=progress,
-            )  # fmt: skip
+            train, validation, stats = find.hold(self.base, self.plan, sets.harmful, self.options, self.steps)
             stats.save(path)
-            return list(held)
+            return [train, validation]
 
         found = self.step("hold", compute)
         train, validation = (part.take(i) for part, i in zip(sets.harmful, found, strict=False))
@@ -234,9 +226,9 @@ class _Run:
         if not isinstance(found, dict) or found.keys() != {"picked", "rule", "target", "base_refused"}:
             raise self.work.damaged("pick.json")
         if found["target"] != target:
+            went_on = "the knee" if found["target"] is None else found["target"]
             raise UsageError(
-                f"--target-refusals: {self.work.folder} went on with {found['target'] or 'the knee'}; resume with the "
-                "same, or start again"
+                f"--target-refusals: {self.work.folder} went on with {went_on}; resume with the same, or start again"
             )
         direction = chosen if found["picked"] is None else each[found["picked"]].direction
         direction.save(self.work.records / "directions.safetensors")

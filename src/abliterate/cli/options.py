@@ -168,6 +168,15 @@ Position = Annotated[
     Optional[int],
     typer.Option(help="Take it at this token (-1: the prompt's last).", show_default="by causal test"),
 ]
+Method = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW",
+        help="projected: the difference of means without its part along the harmless mean, one for all layers. "
+        "difference: as it is. per-layer: each layer loses its own. affine: the difference is moved to the harmless "
+        "mean instead of to zero. The last two at strength 1 everywhere, as with --no-tune.",
+    ),
+]
 Directions = Annotated[
     int,
     typer.Option(

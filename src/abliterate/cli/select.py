@@ -25,6 +25,7 @@ def select(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to create.", metavar="FILE")],
     layer: options.Layer = None,
     position: options.Position = None,
+    method: options.Method = "projected",
     directions: options.Directions = 1,
     strength: options.Strength = 1.0,
     max_kl: options.MaxKl = options.DEFAULT.max_kl,
@@ -45,7 +46,8 @@ def select(
 
     with console.progress_bars() as steps:
         found = select_verb(
-            model, activations, output, steps=steps, layer=layer, position=position, directions=directions,
+            model, activations, output, steps=steps, layer=layer, position=position, method=method,
+            directions=directions,
             strength=strength, max_kl=max_kl, embeddings=embeddings, device=device, dtype=dtype, memory=memory,
             batch_size=batch_size,
         )  # fmt: skip

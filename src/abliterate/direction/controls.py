@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from abliterate.activations.collect import collect_sets
 from abliterate.direction.choose import Trial, certain
@@ -62,9 +63,15 @@ def random_like(chosen: Direction, n: int, seed: int) -> list[Direction]:
     found = []
     for _ in range(n):
         basis, _ = np.linalg.qr(numbers.standard_normal(np.atleast_2d(chosen.vector).shape).T)
-        vector = basis.T.reshape(chosen.vector.shape).astype(np.float32)
-        found.append(dataclasses.replace(chosen, vector=vector, method="random", scores={}, source={}))
+        found.append(dataclasses.replace(_along(chosen, basis), method="random", scores={}, source={}))
     return found
+
+
+def _along(chosen: Direction, basis: npt.NDArray[np.float64]) -> Direction:
+    """Other directions `[d_model, k]` in the place of `chosen`, at every layer; nothing is left along them."""
+    vector = basis.T.reshape(chosen.vector.shape).astype(np.float32)
+    layers = None if chosen.layers is None else np.broadcast_to(vector, chosen.layers.shape)
+    return dataclasses.replace(chosen, vector=vector, layers=layers, offset=0.0)
 
 
 def _between(trial: Trial, chosen: Direction, harmless: PromptSet, steps: Steps) -> Direction | None:
@@ -90,4 +97,4 @@ def _between(trial: Trial, chosen: Direction, harmless: PromptSet, steps: Steps)
     if len(found) < n - 1:
         return None
     basis, _ = np.linalg.qr(np.stack(found, axis=1).astype(np.float64))
-    return dataclasses.replace(chosen, vector=basis.T.reshape(chosen.vector.shape).astype(np.float32))
+    return _along(chosen, basis)

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.codecs import Float32Array
 from abliterate.checkpoint.storage import by_rows, matrices
-from abliterate.edit.apply import removal_of
+from abliterate.edit.apply import check_fits, removal_of
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removal
 from abliterate.edit.shard import EditRecord
@@ -37,6 +37,8 @@ def write_adapter(
     out: Path,
     strength: float = 1.0,
     progress: Progress = silent,
+    *,
+    offset: float = 0.0,
 ) -> list[EditRecord]:
     """Write the edit as an adapter into the existing folder `out`; one record for each tensor of the plan.
 
@@ -45,13 +47,15 @@ def write_adapter(
 
     Raises:
         UnsupportedError: a writer that no adapter can change; names it.
+        VerifyError: the directions do not fit.
     """
+    check_fits(checkpoint, plan, directions)
     _require_possible(checkpoint, plan)
     tensors: dict[str, Float32Array] = {}
     experts = defaultdict[str, dict[int, Float32Array]](dict)
     records = []
     for writer in plan.writers:
-        removal = removal_of(checkpoint, writer, directions, strength)
+        removal = removal_of(checkpoint, writer, directions, strength, offset=offset)
         factors, record = _right_factors(checkpoint, writer, removal)
         module, _, kind = writer.parameter.rpartition(".")
         key, left = _PREFIX + module, (-removal.strength * removal.basis).astype(np.float32)
@@ -70,7 +74,7 @@ def write_adapter(
         tensors[f"{key}.lora_A.weight"] = np.concatenate([of_experts[i] for i in sorted(of_experts)])
     whole = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
     (out / WEIGHTS).write_bytes(save(whole, {"format": "pt"}))
-    config = _config(checkpoint, plan, len(np.atleast_2d(directions)))
+    config = _config(checkpoint, plan, np.atleast_2d(directions).shape[-2])
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return records
 
@@ -78,7 +82,7 @@ def write_adapter(
 def _right_factors(
     checkpoint: Checkpoint, writer: ResidualWriter, removal: Removal
 ) -> tuple[list[Float32Array], EditRecord]:
-    """`Dᵀ W` `[k, d_in]` of a tensor, one for each expert in it, and the tensor's record."""
+    """`Dᵀ W − offset` `[k, d_in]` of a tensor, one for each expert in it, and the tensor's record."""
     info, d = checkpoint.tensors[writer.tensor], removal.basis
     along_rows = by_rows(info, writer.axis)
     found, norm = [], 0.0
@@ -91,7 +95,7 @@ def _right_factors(
                 total = np.concatenate([total, block @ d]) if along_rows else total + d[rows].T @ block
             if not np.isfinite(total).all():
                 matrix.require_finite(file.fileno())
-            found.append(total.T if along_rows else total)
+            found.append((total.T if along_rows else total) - removal.offset)
     if along_rows:  # one after the other in pieces: put together, and apart by experts
         joined = np.concatenate(found, axis=1)
         found = np.split(joined, info.shape[0], axis=1) if len(info.shape) > 2 else [joined]

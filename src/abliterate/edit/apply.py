@@ -79,6 +79,7 @@ def apply_edit(
     progress: Progress = silent,
     *,
     keep_norms: bool = False,
+    offset: float = 0.0,
     undo: bool = False,
     journal: Journal | None = None,
 ) -> list[EditRecord]:
@@ -91,11 +92,12 @@ def apply_edit(
     Args:
         checkpoint: what to edit; never written to.
         plan: which tensors.
-        directions: `[d_model]` or `[k, d_model]`; their span is removed.
+        directions: `[d_model]` or `[k, d_model]`, whose span is removed, or `[n_layers, k, d_model]` of each layer.
         out: an existing folder.
         strength: 1 removes, 2 reflects, below 0 adds; times each writer's own.
         progress: called with the number of tensors done.
         keep_norms: scale what each input writes back to the norm it had.
+        offset: what the token embedding keeps along the direction instead of nothing.
         undo: keep what `undo` needs to restore the base bit for bit.
         journal: files that it says are finished are not written again.
 
@@ -103,11 +105,12 @@ def apply_edit(
         VerifyError: a tensor to edit holds NaN or infinity, the directions do not fit, or a source file changed.
         ResourceError: the disk is full.
     """
-    _check(checkpoint, plan, directions)
+    check_fits(checkpoint, plan, directions)
     kept: Journal = journal or Forgetful()
     by_shard: dict[str, list[PlannedTensor]] = defaultdict(list)
     for writer in plan.writers:
-        tensor = PlannedTensor(checkpoint, writer, removal_of(checkpoint, writer, directions, strength, keep_norms))
+        removal = removal_of(checkpoint, writer, directions, strength, keep_norms, offset)
+        tensor = PlannedTensor(checkpoint, writer, removal)
         by_shard[tensor.info.file].append(tensor)
     for name in checkpoint.side_files:
         copy_file(checkpoint.path / name, out / place_of(name))
@@ -157,11 +160,21 @@ def _write_files(
 
 
 def removal_of(
-    checkpoint: Checkpoint, writer: ResidualWriter, directions: Float32Array, strength: float, keep_norms: bool = False
+    checkpoint: Checkpoint,
+    writer: ResidualWriter,
+    directions: Float32Array,
+    strength: float,
+    keep_norms: bool = False,
+    offset: float = 0.0,
 ) -> Removal:
-    """What to take out of one writer: `strength` times its own, the norm between it and the stream considered."""
-    basis = orthonormal(directions, gain_of(checkpoint, writer), writer.centred)
-    return Removal(basis, strength * writer.strength, keep_norms)
+    """What to take out of one writer: `strength` times its own, the norm between it and the stream considered.
+
+    Of directions `[n_layers, k, d_model]` those of its layer, or of layer 0 outside the blocks. The token embedding
+    alone keeps `offset`: what every row of it has, every token of the stream has, as no other writer changes it.
+    """
+    own = directions[writer.layer or 0] if directions.ndim == 3 else directions
+    basis = orthonormal(own, gain_of(checkpoint, writer), writer.centred)
+    return Removal(basis, strength * writer.strength, keep_norms, offset if writer.module == "embed" else 0.0)
 
 
 def _keep(target: Path, write: Callable[[str, Any], None], step: str, result: dict[str, Any]) -> None:
@@ -187,9 +200,19 @@ def _way_back(checkpoint: Checkpoint, plan: EditPlan, results: dict[str, Any]) -
     return WayBack(checkpoint.fingerprint, files, side_files)
 
 
-def _check(checkpoint: Checkpoint, plan: EditPlan, directions: Float32Array) -> None:
+def check_fits(checkpoint: Checkpoint, plan: EditPlan, directions: Float32Array) -> None:
+    """Check that the plan is of this checkpoint, and the directions of its width and number of layers.
+
+    Raises:
+        VerifyError: they are not.
+    """
     if plan.source != checkpoint.fingerprint:
         raise VerifyError(f"{checkpoint.path}: changed since the edit was planned; plan again")
+    if directions.ndim == 3 and len(directions) != checkpoint.n_layers:
+        raise VerifyError(
+            f"{checkpoint.path}: has {checkpoint.n_layers} layers, and there are directions of {len(directions)}: they "
+            "are of another model"
+        )
     for writer in plan.writers:
         width, d_model = checkpoint.tensors[writer.tensor].shape[writer.axis], directions.shape[-1]
         if width != d_model:

@@ -35,13 +35,15 @@ class Removed(NamedTuple):
 class Removal:
     """What is taken out: orthonormal columns `basis` `[d_model, k]`, the strength, and whether norms are kept.
 
-    `W' = W − s·D Dᵀ W`. With `keep_norms` each column of `W'` (what one input writes) is then scaled to the norm it
-    had in `W`: unlike a scaling of rows, that leaves `Dᵀ W' = 0`.
+    `W' = W − s·D (Dᵀ W − offset)`: `offset` is what is left along each of them instead of nothing. With `keep_norms`
+    each column of `W'` (what one input writes) is then scaled to the norm it had in `W`: unlike a scaling of rows, that
+    leaves `Dᵀ W' = 0`.
     """
 
     basis: Float32Array
     strength: float = 1.0
     keep_norms: bool = False
+    offset: float = 0.0
 
 
 class Undo(Protocol):
@@ -147,7 +149,7 @@ def project_rows(matrix: Matrix, source: int, target: int, removal: Removal, und
             matrix.require_finite(source)
         norms = np.einsum("ij,ij->i", numbers, numbers) if removal.keep_norms else None
         scale = _scale(norms, along, removal) if norms is not None else None
-        taken = (removal.strength * along).astype(d.dtype)
+        taken = (removal.strength * (along - removal.offset)).astype(d.dtype)
         # Stored words, turned so that the residual axis runs down, and back at the end.
         word = np.dtype(f"<u{matrix.row_bytes // matrix.columns}")
         turned = _turned(before.view(word))
@@ -165,7 +167,7 @@ def project_rows(matrix: Matrix, source: int, target: int, removal: Removal, und
         if undo is not None:
             along_rows = Along(taken.T.astype(np.float32), removal.basis.T, None if scale is None else scale[:, None])
             undo(rows, before, codec.decode(edited, rows), along_rows)
-        wanted = (1 - removal.strength) * along * (1 if scale is None else scale)
+        wanted = (along - removal.strength * (along - removal.offset)) * (1 if scale is None else scale)
         total += np.array([norm, np.vdot(along, along), np.square(kept - wanted).sum()])
     return Removed(*total.tolist())
 

@@ -30,10 +30,10 @@ BINS = 24
 class Along:
     """What a pass found, per prompt.
 
-    `share` `[n]` is the root mean square over layers and template tokens of `‖r̂ᵀh‖ / ‖h‖`: zero where nothing writes
-    along `r̂`, √(k/d_model) what k random directions show. `component` `[n_layers, n]` is `r̂ᵀh` after every block at
-    the direction's own position, of several directions the first one's; empty, `[0, n]`, where there is no position
-    that all prompts share.
+    `share` `[n]` is the root mean square over layers and template tokens of `‖r̂ᵀh − offset‖ / ‖h‖`: zero where nothing
+    writes along `r̂` but the offset that an edit leaves, √(k/d_model) what k random directions show. `component`
+    `[n_layers, n]` is `r̂ᵀh` after every block at the direction's own position, of several directions the first one's;
+    empty, `[0, n]`, where there is no position that all prompts share.
     """
 
     share: Float64Array
@@ -65,7 +65,7 @@ def along(
     def fold(batch: Batch, layer: int, hidden: torch.Tensor) -> None:
         wanted = hidden[:, -n_positions:].float()
         parts = wanted @ unit
-        shares = (parts.norm(dim=-1) / wanted.norm(dim=-1)) ** 2
+        shares = ((parts - direction.offset).norm(dim=-1) / wanted.norm(dim=-1)) ** 2
         total[batch.indices] += shares.mean(-1).double().cpu().numpy()
         if position is not None:
             component[layer, batch.indices] = parts[:, position, 0].double().cpu().numpy()

@@ -38,6 +38,7 @@ def ablate(
     sites: Sequence[WriterSite],
     directions: torch.Tensor,
     strength: float | torch.Tensor = 1.0,
+    offset: torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Remove directions from everything that writes to the residual stream, at every token.
 
@@ -49,15 +50,19 @@ def ablate(
         model: the model to hook.
         sites: where the stream is written.
         directions: `[d_model]`, or `[rows, d_model]` for a direction of its own for each row of the batch, or
-            `[rows or 1, k, d_model]` for several orthonormal ones.
+            `[rows or 1, k, d_model]` for several orthonormal ones, or `[n_layers, rows or 1, k, d_model]` for each
+            layer's own; what writes outside the blocks loses those of layer 0.
         strength: 1 removes, 2 reflects; times the site's own. Or `[sites]`, one for each.
+        offset: `[rows or 1, k]`, what is left along them instead of nothing: the embedding writes it.
     """
     unit = torch.atleast_2d(directions).to(model.device, torch.float32)
     unit = unit[:, None] if unit.ndim == 2 else unit
     each = strength if isinstance(strength, torch.Tensor) else [strength] * len(sites)
     with ExitStack() as stack:
         for site, own in zip(sites, each, strict=True):
-            module, project = _module(model, site), _Projection(model, site, unit, own * site.strength)
+            of_site = unit[site.layer or 0] if unit.ndim == 4 else unit
+            kept = offset.to(unit) if offset is not None and site.module == "embed" else None
+            module, project = _module(model, site), _Projection(model, site, of_site, own * site.strength, kept)
             # Block by block a gain may not be loaded before its site first writes; else no block that is run again on
             # the way back should find this anew.
             _ = project.removed if model.weights is None else None
@@ -95,6 +100,7 @@ class _Projection:
     site: WriterSite
     unit: torch.Tensor
     strength: float | torch.Tensor
+    kept: torch.Tensor | None = None
 
     def __call__(self, output: Any) -> Any:
         y, d = hidden_states(output), self.removed
@@ -102,7 +108,8 @@ class _Projection:
         # Outside the blocks two axes are [tokens, d_model], the same for all rows.
         flat = self.site.layer is not None and y.ndim == 2
         wide = (y.reshape(len(d), -1, y.shape[-1]) if flat else y).float()
-        left = (wide - (self.strength * (wide @ d.mT)) @ d).to(y.dtype)
+        parts = wide @ d.mT if self.kept is None else wide @ d.mT - self.kept[:, None]
+        left = (wide - (self.strength * parts) @ d).to(y.dtype)
         left = left.reshape(y.shape) if flat else left
         return (left, *output[1:]) if isinstance(output, tuple) else left
 

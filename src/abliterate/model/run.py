@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from transformers import DynamicCache
 
-from abliterate.model.batches import Batch, batches
+from abliterate.model.batches import Batch, batches, pad_left
 from abliterate.model.blockwise import Keeper, run_blockwise
 from abliterate.model.cache import continued, new_cache
 from abliterate.model.hooks import record_resid_post
@@ -41,6 +41,30 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def along(answer: list[int]) -> slice:
     """The positions, counted from a row's end, whose logits are about the tokens of the answer it ends with."""
     return slice(-len(answer) - 1, -1)
+
+
+def starts_as_embedding(model: ChatModel) -> bool:
+    """Whether what the embedding's rows hold is what the stream starts with: not scaled, and behind no norm.
+
+    Positions may add to it: two tokens that change places must differ by their rows.
+    """
+    found = list[torch.Tensor]()
+
+    def looked_up(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        assert isinstance(module.weight, torch.Tensor)
+        found.extend([module.weight[args[0]].float(), output.float()])
+
+    def entered(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"]).float())
+
+    with ExitStack() as stack, torch.inference_mode():
+        embedding = model.model.get_input_embeddings()
+        stack.callback(embedding.register_forward_hook(looked_up).remove)
+        stack.callback(model.blocks[0].register_forward_pre_hook(entered, with_kwargs=True).remove)
+        for _ in forward(model, [pad_left(model, [[5, 9], [9, 5]])], tokens=1):
+            pass
+    rows, output, stream = (x[0, 0] - x[1, 0] for x in found)
+    return torch.allclose(rows, output, rtol=1e-2, atol=1e-6) and torch.allclose(rows, stream, rtol=1e-2, atol=1e-4)
 
 
 def unchanged(_batch: Batch) -> AbstractContextManager[None]:
