@@ -29,7 +29,7 @@ from abliterate.results import report
 from abliterate.roles import prompt_splits
 from tests.conftest import Refusing
 
-QUICK = Recipe(rates=(20.0,), steps=3, batch=6)
+QUICK = Recipe(stages=((3, 20.0),), batch=6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +88,12 @@ def test_the_saved_weights_do_what_was_measured_with_hooks(
     point = record.front["points"][record.front["picked"]]
     edited = step.load(out, Options(**refusing.options))
     again = dataclasses.replace(given_.task, model=edited, sites=[], places=[])
-    found = tune(again, given_.chosen, given_.others, dataclasses.replace(QUICK, rates=()))[0]
+    found = tune(again, given_.chosen, given_.others, dataclasses.replace(QUICK, stages=()))[0]
     assert found.score == pytest.approx(point["score"], abs=0.05)
     assert found.kl == pytest.approx(point["kl"], rel=0.2, abs=1e-4)
-    base = tune(dataclasses.replace(again, model=given_.model), given_.chosen, [], dataclasses.replace(QUICK, rates=()))
+    base = tune(
+        dataclasses.replace(again, model=given_.model), given_.chosen, [], dataclasses.replace(QUICK, stages=())
+    )
     assert base[0].score > point["score"] + 2
 
 
@@ -176,9 +178,12 @@ def test_the_descent_is_the_same_under_a_seed_and_another_under_another(given_: 
 
 def test_a_high_rate_costs_less_and_a_low_one_removes_more(given_: _Given) -> None:
     dear, cheap = (
-        tune(given_.task, given_.chosen, given_.others, dataclasses.replace(QUICK, rates=(rate,), learning_rate=0.15))[
-            1
-        ]
+        tune(
+            given_.task,
+            given_.chosen,
+            given_.others,
+            dataclasses.replace(QUICK, stages=((3, rate),), learning_rate=0.15),
+        )[1]
         for rate in (1000.0, 0.1)
     )
     assert dear.kl_along < cheap.kl_along and dear.score > cheap.score

@@ -37,7 +37,7 @@ BY_GRADIENT = "strengths and direction by gradient"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to descend: so many `steps` for each of the `rates`, what a nat of KL is worth in refusal log-odds.
+    """How to descend: `stages` of so many steps at one rate, what a nat of KL is worth in refusal log-odds.
 
     From `start`, where little is lost, falling rates follow the front towards fewer refusals. `first` is the weight of
     the first token's KL beside the mean along the answer, `opening` that of a refusal's later tokens; refusal log-odds
@@ -46,10 +46,9 @@ class Recipe:
     refusals that are to stay beside answers. What else was tried: docs/method.md.
     """
 
-    rates: tuple[float, ...] = (40.0, 20.0, 10.0)
-    steps: int = 6
+    stages: tuple[tuple[int, float], ...] = ((3, 40.0), (5, 20.0), (3, 10.0), (3, 10.0))
     batch: int = 16
-    learning_rate: float = 0.07
+    learning_rate: float = 0.08
     turning: float = 0.2
     first: float = 1.0
     opening: float = 0.3
@@ -62,7 +61,7 @@ class Recipe:
 
 RECIPE = Recipe()
 #: Where refusals are to stay, they cost more than answers, and the direction has further to turn.
-HOLDING = Recipe(rates=(6.0, 3.0, 1.5), steps=6, learning_rate=0.09, turning=1.0, span=40)
+HOLDING = Recipe(stages=((6, 6.0), (6, 3.0), (6, 1.5)), learning_rate=0.09, turning=1.0, span=40)
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,14 @@ def tune(
     """
     search = _Search(task, chosen, candidates, recipe, seed)
     plain = search.point(chosen, None, 0)
-    step = steps("tuning the strengths", len(recipe.rates) * recipe.steps)
-    points = [plain]
-    for n, rate in enumerate(recipe.rates, 1):
-        for _ in range(recipe.steps):
+    step = steps("tuning the strengths", sum(n for n, _ in recipe.stages))
+    points, done = [plain], 0
+    for n, rate in recipe.stages:
+        for _ in range(n):
             search.step(rate)
             step(1)
-        points.append(search.point(search.direction(), rate, n * recipe.steps))
+        done += n
+        points.append(search.point(search.direction(), rate, done))
     return points
 
 
