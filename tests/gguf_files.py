@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 
 #: More memory than reading any header takes: the window and the table.
 LITTLE = 4 << 20
-D_MODEL, D_FF, VOCABULARY, HEADS, EXPERTS = 32, 64, 48, 4, 3
+D_MODEL, D_FF, VOCABULARY, HEADS, EXPERTS = 32, 128, 48, 4, 3
 
 _NORMS = {"attn_norm.weight": (D_MODEL,), "ffn_norm.weight": (D_MODEL,)}
 _ATTENTION = {f"attn_{n}.weight": (D_MODEL, D_MODEL) for n in ("q", "k", "v", "output")}
@@ -45,6 +45,11 @@ DEEPSEEK = {
     "attn_kv_a_norm.weight": (8,), "attn_k_b.weight": (HEADS, 8, 8), "attn_v_b.weight": (HEADS, 8, 8),
     "attn_output.weight": (D_MODEL, D_MODEL),
 }  # fmt: skip
+CONVOLUTION = {
+    **_NORMS, "shortconv.conv.weight": (D_MODEL, 3), "shortconv.in_proj.weight": (3 * D_MODEL, D_MODEL),
+    "shortconv.out_proj.weight": (D_MODEL, D_MODEL), **_MLP,
+}  # fmt: skip
+ATTENTION = LLAMA | {"attn_q_norm.weight": (D_MODEL // HEADS,), "attn_k_norm.weight": (D_MODEL // HEADS,)}
 SHARED = {f"ffn_{n}_shexp.weight": _MLP[f"ffn_{n}.weight"] for n in ("gate", "up", "down")}
 DEEPSEEK_DENSE, DEEPSEEK_MOE = DEEPSEEK | _MLP, DEEPSEEK | _EXPERTS | SHARED
 
@@ -68,6 +73,8 @@ def tiny_gguf(
     writer.add_embedding_length(D_MODEL)
     writer.add_feed_forward_length(D_FF)
     writer.add_head_count(HEADS)
+    if architecture not in ("bloom", "gpt2"):
+        writer.add_head_count_kv(stated.pop("heads", HEADS))
     writer.add_context_length(128)
     writer.add_vocab_size(VOCABULARY)
     writer.add_layer_norm_rms_eps(1e-6)

@@ -39,6 +39,8 @@ _MIXERS = {
     "lfm2": ("conv", "full_attention"), "lfm2_moe": ("conv", "full_attention"),
     "granitemoehybrid": ("mamba", "attention"),
 }  # fmt: skip
+#: What is stated that may change which layers there are, or what they compute; widths are those of the class.
+_SHAPING = ("num_hidden_layers", "first_k_dense_replace", "swin_norm", "use_parallel_residual")
 _TOKEN = re.compile(r"\{layer[^}]*\}")
 
 
@@ -53,7 +55,7 @@ def find(checkpoint: Checkpoint) -> Architecture | str | None:
 
 
 def learn(checkpoint: Checkpoint) -> Architecture:
-    """The same by experiments on the class, in the sizes that the GGUF states; takes torch and some seconds.
+    """The same by experiments on the class, with the layers that the GGUF states; takes torch and some seconds.
 
     Raises:
         UnsupportedError: as `find`, or no edit of the weights can be exact; says why.
@@ -61,13 +63,11 @@ def learn(checkpoint: Checkpoint) -> Architecture:
     from abliterate.architecture.learn import learn_class
 
     name = class_of(checkpoint)
-    sizes: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "model_type"}
-    heads = sizes.get("num_key_value_heads")
-    if isinstance(heads, list):
-        sizes["num_key_value_heads"] = max(heads)
-        if name in _MIXERS:
-            sizes["layer_types"] = [_MIXERS[name][n > 0] for n in heads]
-    return renamed(learn_class(name, sizes), checkpoint.model_type, checkpoint.tensors)
+    stated: dict[str, Any] = {k: checkpoint.config[k] for k in _SHAPING if k in checkpoint.config}
+    heads = checkpoint.config.get("num_key_value_heads")
+    if isinstance(heads, list) and name in _MIXERS:
+        stated["layer_types"] = [_MIXERS[name][n > 0] for n in heads]
+    return renamed(learn_class(name, stated), checkpoint.model_type, checkpoint.tensors)
 
 
 def class_of(checkpoint: Checkpoint) -> str:

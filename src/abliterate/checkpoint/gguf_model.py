@@ -30,17 +30,9 @@ _NO_MODEL = {
 _STATED = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "context_length": "max_position_embeddings",
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
     "leading_dense_block_count": "first_k_dense_replace",
     "nextn_predict_layers": "num_nextn_predict_layers",
-    "vocab_size": "vocab_size",
     "swin_norm": "swin_norm",
     "use_parallel_residual": "use_parallel_residual",
 }
@@ -146,9 +138,6 @@ def _config(first: GgufFile, architecture: str, n_tensors: int) -> dict[str, Any
             config[name] = read_list(first.path, value)  # one for each layer
         elif isinstance(value, int):
             config[name] = value
-    tokens = first.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, Listed):
-        config.setdefault("vocab_size", tokens.count)
     # llama.cpp counts the layers that predict further tokens among its blocks.
     blocks, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers", 0)
     if type(blocks) is not int or type(further) is not int or not 0 < blocks - further <= n_tensors:
