@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.checkpoint.source import resolve_model
-from abliterate.errors import CheckpointError, HubError, UnsupportedError
+from abliterate.errors import CheckpointError, HubError
 from tests.conftest import Refusing
 from tests.hub import COMMITS, serving
 
@@ -124,7 +124,7 @@ def test_a_whole_run_takes_a_hub_id_and_a_hub_data_set(
         ("no-such-folder", CheckpointError, "no such folder"),
         ("./org/name", CheckpointError, "no such folder"),
         ("a/b/c", CheckpointError, "not a hub id"),
-        ("weights.gguf", UnsupportedError, "GGUF"),
+        ("weights.gguf", CheckpointError, "no such GGUF file"),
         ("org/name", HubError, "could not be reached"),
     ],
 )

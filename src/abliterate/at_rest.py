@@ -24,7 +24,7 @@ from abliterate.edit.estimate import estimate
 from abliterate.edit.plan import EditPlan, Embeddings, plan_edit
 from abliterate.edit.undo import WayBack, undo_edit
 from abliterate.edit.untie import BASE_FILES
-from abliterate.errors import AbliterateError, UsageError, VerifyError
+from abliterate.errors import AbliterateError, UnsupportedError, UsageError, VerifyError
 from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options, check_embeddings
 from abliterate.report.card import CARRIED_OVER, model_card
@@ -38,13 +38,22 @@ _BESIDE = 0.05
 _HEAD = 1 << 16
 
 
-def find_model(model: str) -> Path:
-    """The folder of MODEL: a folder, a hub id, or `demo`."""
+def find_model(model: str, *, files: bool = False) -> Path:
+    """The folder of MODEL: a folder, a hub id, or `demo`; with `files` a GGUF file too.
+
+    Raises:
+        UnsupportedError: a GGUF file, and only a folder will do.
+    """
     if model == "demo":
         from abliterate.demo.build import demo_folder
 
         return demo_folder()
-    return resolve_model(model)
+    found = resolve_model(model)
+    if found.is_file() and not files:
+        raise UnsupportedError(
+            f"{model}: GGUF files can be inspected, not run or edited yet; give the model's safetensors checkpoint"
+        )
+    return found
 
 
 def edit(
@@ -228,7 +237,7 @@ def inspect(model: str, *, embeddings: str = "edit", undo: bool = True) -> Inspe
         AbliterateError: as its kinds say; UnsupportedError where an edit would be refused, with the reason.
     """
     check_embeddings(embeddings)
-    checkpoint = open_checkpoint(find_model(model))
+    checkpoint = open_checkpoint(find_model(model, files=True))
     plan = plan_edit(checkpoint, cast(Embeddings, embeddings))
     groups: dict[tuple[Any, ...], list[TensorInfo]] = {}
     for w in plan.writers:

@@ -7,7 +7,7 @@ by `scripts/sweep_architectures.py`, which also proves every entry by an edit.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,11 @@ def find(config: dict[str, Any]) -> Architecture | str | None:
     if entry is None or not _alike(config, entry["structure"]):
         return None
     return entry["refused"] if "refused" in entry else _architecture(entry)
+
+
+def model_types() -> Iterable[str]:
+    """The model types of which something is kept."""
+    return _entries().keys()
 
 
 def entry(config: dict[str, Any], found: Architecture | str) -> dict[str, Any] | None:

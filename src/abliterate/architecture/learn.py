@@ -48,6 +48,15 @@ def _learned(folder: Path, _config: bytes) -> Architecture:
     return learn_config(config)
 
 
+def learn_class(model_type: str, stated: dict[str, Any]) -> Architecture:
+    """The architecture of a class of transformers by its name, as it is but for what is stated; see `learn`."""
+    try:
+        config = AutoConfig.for_model(model_type, **stated)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UnsupportedError(f"transformers has no '{model_type}' of this form ({str(error)[:110]}…)") from None
+    return learn_config(config)
+
+
 def learn_config(config: PreTrainedConfig) -> Architecture:
     """The architecture of a configuration; see `learn`."""
     if config.is_encoder_decoder:

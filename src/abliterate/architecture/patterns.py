@@ -20,14 +20,15 @@ ONLY = "{layer:"
 class Gain:
     """The norm between a writer and the stream: the tensor of its gain and the parameter's path within the block.
 
-    `offset` is what the norm's formula adds to the stored gain; `centred` where it subtracts the mean. Both
-    names are None for a norm without gain.
+    `offset` is what the norm's formula adds to the parameter, and `included` how much of that the stored gain has in
+    it already; `centred` where it subtracts the mean. Both names are None for a norm without gain.
     """
 
     tensor: str | None
     parameter: str | None
     offset: float
     centred: bool
+    included: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Never knows torch models or directions.
 """
 
-from abliterate.checkpoint.folder import Checkpoint, open_checkpoint
+from abliterate.checkpoint.open import open_checkpoint
+from abliterate.checkpoint.opened import Checkpoint
 from abliterate.checkpoint.safetensors_file import TensorInfo
 from abliterate.checkpoint.source import hub_name, resolve_model
 

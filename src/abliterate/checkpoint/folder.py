@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint.opened import Checkpoint, stamp, take_samples
 from abliterate.checkpoint.safetensors_file import MAX_HEADER, TensorInfo, read_header
-from abliterate.errors import CheckpointError, UnsupportedError, VerifyError
+from abliterate.errors import CheckpointError, UnsupportedError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,107 +28,17 @@ NOT_SIDE_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
 RECORDS = "abliteration"
 #: Values of `quant_method` whose weights are codes with scales beside them: FP8 of several makers, and MXFP4.
 QUANTISED = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
-#: What the language model's part of a configuration is called where it is one of several.
-LANGUAGE = ("text_config", "llm_config", "language_config", "language_model_config")
-_SAMPLE = 1 << 16
 #: Of a JSON file; the longest index known has a tenth of these bytes, the deepest configuration a tenth of the levels.
 _MOST_JSON, _MOST_LEVELS = 1 << 26, 64
 
 
-#: Device, inode, size and time of the last change of a file.
-Stamp = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint at rest.
-
-    `tensors` maps names to `TensorInfo` in shard order; `shards` and `side_files` are paths relative
-    to `path`, `left_out` the weight files in it that do not belong to the index. `fingerprint` hashes
-    the configuration, every header and sampled spans of every shard (not every byte). `stamps` tells of every file
-    whether it is still the one that was opened.
-    """
-
-    path: Path
-    format: str
-    tensors: dict[str, TensorInfo]
-    config: dict[str, Any]
-    shards: tuple[str, ...]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
-    fingerprint: str
-    stamps: dict[str, Stamp]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors on disk, in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers of the language model, by config.json.
-
-        Raises:
-            CheckpointError: it does not say.
-        """
-        for part in self._language:
-            for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-                value = part.get(name)
-                if type(value) is int and 0 < value <= len(self.tensors):
-                    return value
-                if value is not None:
-                    raise CheckpointError(
-                        f"{self.path}: config.json: {name} is {str(value)[:40]!r}; expected a number of layers, no "
-                        f"more than the {len(self.tensors)} tensors"
-                    )
-        raise CheckpointError(f"{self.path}: config.json does not say how many layers the language model has")
-
-    @property
-    def n_further_layers(self) -> int:
-        """Layers stored behind the last that predict further tokens, by config.json."""
-        numbers = (v for part in self._language for k, v in part.items() if "nextn" in k or "mtp" in k)
-        return sum(v for v in numbers if isinstance(v, int))
-
-    @property
-    def _language(self) -> list[dict[str, Any]]:
-        """The part of the configuration that is the language model's, and the whole; others only if these lack it."""
-        parts = [self.config[name] for name in LANGUAGE if isinstance(self.config.get(name), dict)]
-        others = [v for v in self.config.values() if isinstance(v, dict) and "vocab_size" in v]
-        return [*parts, self.config, *(part for part in others if not parts and part not in parts)]
-
-    @property
-    def model_type(self) -> str:
-        """The `model_type` of config.json."""
-        return str(self.config.get("model_type", ""))
-
-    def require_unchanged(self) -> None:
-        """Check that no file was written to or replaced since the checkpoint was opened.
-
-        Raises:
-            VerifyError: one was; names it.
-        """
-        for name, stamp in self.stamps.items():
-            path = self.path / name
-            if not path.is_file() or _stamp(path) != stamp:
-                raise VerifyError(
-                    f"{path}: changed while the model was read; nothing was published: start again when it is whole"
-                )
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_folder(path: Path) -> Checkpoint:
     """The checkpoint in folder `path`, every header read and checked, no tensor data read.
 
     Raises:
         CheckpointError: no such folder, no config.json, a missing shard, a malformed header or index.
         UnsupportedError: only pickled weights, or a quantised or GGUF checkpoint.
     """
-    try:
-        return _open(path)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
-
-
-def _open(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a Hugging Face checkpoint folder or a hub id org/name")
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
@@ -141,7 +52,7 @@ def _open(path: Path) -> Checkpoint:
     side = tuple(f for f in files if f not in shards and not _is_foreign(f))
     left_out = tuple(f for f in files if f not in shards and _is_foreign(f))
     _check_links(path, (*shards, *side))
-    stamps = {f: _stamp(path / f) for f in (*shards, *side)}
+    stamps = {f: stamp(path / f) for f in (*shards, *side)}
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         for name, tensor in read_header(path / shard).items():
@@ -150,11 +61,6 @@ def _open(path: Path) -> Checkpoint:
             tensors[name] = replace(tensor, file=shard)
     _check_index(path, tensors)
     return Checkpoint(path, "safetensors", tensors, config, shards, side, left_out, _fingerprint(path, shards), stamps)
-
-
-def _stamp(file: Path) -> Stamp:
-    stat = file.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _check_links(path: Path, files: Iterable[str]) -> None:
@@ -249,8 +155,8 @@ def _shard_names(path: Path, files: list[str]) -> tuple[str, ...]:
                 f"{path}: weights are pickled ({pickles[0]}), which runs code on loading, and are refused; convert "
                 "with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
             )
-        if any(f.endswith(".gguf") for f in files):
-            raise UnsupportedError(f"{path}: only GGUF weights; give the model's safetensors checkpoint")
+        if ggufs := [f for f in files if f.endswith(".gguf")]:
+            raise UnsupportedError(f"{path}: only GGUF weights; give the file itself, as in {path / ggufs[0]}")
         raise CheckpointError(f"{path}: no {SINGLE} and no {INDEX}; the weights are missing: download them again")
     shards = tuple(sorted(set(weight_map.values())))
     odd = next((s for s in shards if not s.endswith(".safetensors") or s.startswith(f"{RECORDS}/")), None)
@@ -283,8 +189,5 @@ def _fingerprint(path: Path, shards: tuple[str, ...]) -> str:
         with (path / shard).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             digest.update(file.read(min(length, MAX_HEADER)))
-            size = (path / shard).stat().st_size
-            for i in range(8):
-                file.seek(8 + length + max(0, size - 8 - length) * i // 8)
-                digest.update(file.read(_SAMPLE))
+            take_samples(digest, file, 8 + length, (path / shard).stat().st_size)
     return digest.hexdigest()

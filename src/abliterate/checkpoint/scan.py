@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from abliterate.checkpoint.folder import Checkpoint
+from abliterate.checkpoint.opened import Checkpoint
 from abliterate.checkpoint.storage import whole
 
 

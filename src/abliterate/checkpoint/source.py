@@ -1,4 +1,4 @@
-"""Turn what a person typed as MODEL into a folder on disk.
+"""Turn what a person typed as MODEL into a folder or a GGUF file on disk.
 
 Owns hub ids and the hub's own client, cache, token and offline switches. Never opens what it finds.
 """
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from abliterate.checkpoint.folder import FOREIGN_WEIGHTS
-from abliterate.errors import CheckpointError, HubError, UnsupportedError
+from abliterate.errors import CheckpointError, HubError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 #: Never downloaded: weights of other frameworks, and the original-format copies some repositories carry.
@@ -20,20 +20,20 @@ _IGNORED = [f"*{ending}" for ending in FOREIGN_WEIGHTS if ending != ".safetensor
 
 
 def resolve_model(model: str) -> Path:
-    """The folder of `model`: itself if it is one, else the hub snapshot of `org/name` or `org/name@revision`.
+    """The folder or GGUF file `model`, else the hub's snapshot of `org/name` or `org/name@revision`.
 
     Raises:
-        CheckpointError: neither a folder nor a hub id.
+        CheckpointError: neither a folder, nor a GGUF file, nor a hub id.
         HubError: the hub is unreachable, or does not know the id or revision, or wants a token.
-        UnsupportedError: a GGUF file.
     """
     if not model.strip():
-        raise CheckpointError("MODEL is empty; expected a checkpoint folder or a hub id org/name")
+        raise CheckpointError("MODEL is empty; expected a checkpoint folder, a GGUF file or a hub id org/name")
     path = Path(model).expanduser()
-    if path.is_dir():
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_dir() or (is_gguf and path.is_file()):
         return path
-    if path.suffix == ".gguf":
-        raise UnsupportedError(f"{model}: GGUF files cannot be edited yet; give the model's safetensors checkpoint")
+    if is_gguf:
+        raise CheckpointError(f"{model}: no such GGUF file; check the path")
     if path.is_file():
         raise CheckpointError(f"{model}: a file; expected the checkpoint folder that holds it and its config.json")
     if hub_name(model) is None:

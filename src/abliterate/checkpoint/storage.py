@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from abliterate.checkpoint.codecs import FP8, PLAIN, Array, codec
-from abliterate.checkpoint.folder import Checkpoint
 from abliterate.checkpoint.matrix import Matrix
+from abliterate.checkpoint.opened import Checkpoint
 from abliterate.checkpoint.safetensors_file import TensorInfo
 from abliterate.errors import UnsupportedError
 

@@ -13,6 +13,8 @@ EPILOG = """
   abliterate inspect demo
 
   abliterate inspect ./my-model --embeddings untie --json
+
+  abliterate inspect ./model-Q4_K_M.gguf
 """
 
 
@@ -25,6 +27,8 @@ def inspect(
     """Which weights of MODEL write to the residual stream, what an edit would change and leave, what it would take.
 
     Reads headers only and runs nothing. An edit that would be refused ends in the same message and exit code here.
+
+    MODEL may be a GGUF file here; of a split one, its first part.
     """
     from abliterate.at_rest import inspect as inspect_verb
     from abliterate.report.table import print_inspection

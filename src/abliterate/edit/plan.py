@@ -82,7 +82,8 @@ class EditPlan:
 
 
 def _site(writer: ResidualWriter, layer: int | None, module: str) -> WriterSite:
-    return WriterSite(layer, module, writer.gain_parameter, writer.gain_offset, writer.centred, writer.strength)
+    offset = writer.gain_offset + writer.gain_included
+    return WriterSite(layer, module, writer.gain_parameter, offset, writer.centred, writer.strength)
 
 
 def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit", known: Architecture | None = None) -> EditPlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from abliterate.architecture import kept
+from abliterate.architecture import kept, llamacpp
 from abliterate.architecture.patterns import LAYER, Architecture, Gain, WriterPattern, regex
 from abliterate.checkpoint import Checkpoint, TensorInfo
 from abliterate.checkpoint.storage import logical_name, stored_axis
@@ -21,8 +21,9 @@ class ResidualWriter:
     """One tensor that writes to the residual stream.
 
     `axis` is the tensor's residual axis: 0 where rows are the stream (`nn.Linear`), 1 for embedding rows.
-    `gain` names the tensor of the normalisation between this writer and the stream, `gain_offset` what its
-    formula adds to the stored gain, `centred` whether it subtracts the mean. `tied_to` names what else the tensor
+    `gain` names the tensor of the normalisation between this writer and the stream, `gain_offset` what is to be added
+    to the stored gain, `gain_included` what the formula adds and it has in it already, `centred` whether the formula
+    subtracts the mean. `tied_to` names what else the tensor
     serves as. `module` and `gain_parameter` are paths within the block, or of the model outside the blocks;
     `parameter` is the path in the model of what the tensor is loaded into. `strength` is this writer's own share of
     what is removed.
@@ -35,6 +36,7 @@ class ResidualWriter:
     module: str
     gain: str | None = None
     gain_offset: float = 0.0
+    gain_included: float = 0.0
     gain_parameter: str | None = None
     centred: bool = False
     tied_to: str | None = None
@@ -59,7 +61,7 @@ def residual_writers(checkpoint: Checkpoint, known: Architecture | None = None) 
     """
     if known is not None:
         return _placed(checkpoint, known)
-    found = kept.find(checkpoint.config)
+    found = _kept(checkpoint)
     if isinstance(found, str):
         raise _unknown(checkpoint, f"architecture '{checkpoint.model_type}': no edit can be exact: {found}")
     if found is not None:
@@ -70,11 +72,21 @@ def residual_writers(checkpoint: Checkpoint, known: Architecture | None = None) 
     return _placed(checkpoint, _learned(checkpoint))
 
 
+def _kept(checkpoint: Checkpoint) -> Architecture | str | None:
+    """What earlier experiments found on the checkpoint's model class, or why it is refused."""
+    try:
+        return llamacpp.find(checkpoint) if checkpoint.format == "gguf" else kept.find(checkpoint.config)
+    except UnsupportedError as error:
+        raise _unknown(checkpoint, str(error)) from None
+
+
 def _learned(checkpoint: Checkpoint) -> Architecture:
     """What experiments on the checkpoint's model class find; takes torch and some seconds."""
-    from abliterate.architecture.learn import learn
-
     try:
+        if checkpoint.format == "gguf":
+            return llamacpp.learn(checkpoint)
+        from abliterate.architecture.learn import learn
+
         return learn(checkpoint.path)
     except UnsupportedError as error:
         raise _unknown(checkpoint, str(error)) from None
@@ -82,7 +94,7 @@ def _learned(checkpoint: Checkpoint) -> Architecture:
 
 def _unknown(checkpoint: Checkpoint, why: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{checkpoint.path}: {why}; cannot tell which of {len(checkpoint.tensors)} weights write to the residual "
+        f"{checkpoint.source}: {why}; cannot tell which of {len(checkpoint.tensors)} weights write to the residual "
         f"stream: {', '.join(list(checkpoint.tensors)[:4])}, …"
     )
 
@@ -90,7 +102,7 @@ def _unknown(checkpoint: Checkpoint, why: str) -> UnsupportedError:
 def _refuse(checkpoint: Checkpoint, names: list[str]) -> None:
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     raise UnsupportedError(
-        f"{checkpoint.path}: architecture '{checkpoint.model_type}': cannot tell whether these weights write to the "
+        f"{checkpoint.source}: architecture '{checkpoint.model_type}': cannot tell whether these weights write to the "
         f"residual stream: {shown}; the model class has no such weights in its blocks"
     )
 
@@ -115,7 +127,9 @@ def _placed(checkpoint: Checkpoint, known: Architecture) -> list[ResidualWriter]
         if inside is not None and n_layers <= int(inside[1]) < n_layers + checkpoint.n_further_layers:
             continue  # heads that predict further tokens are stored as layers behind the last; left alone
         if inside is not None and int(inside[1]) >= n_layers:
-            raise UnsupportedError(f"{checkpoint.path}: has '{name}', but by config.json there are {n_layers} layers")
+            raise UnsupportedError(
+                f"{checkpoint.source}: has '{name}', but by its configuration there are {n_layers} layers"
+            )
         found = next((p for expression, p in patterns if expression.fullmatch(logical)), None)
         if found is not None:
             layer = int(inside[1]) if inside is not None else None
@@ -128,7 +142,7 @@ def _placed(checkpoint: Checkpoint, known: Architecture) -> list[ResidualWriter]
     _check_kinds(checkpoint, known, matched, n_layers)
     widths = {checkpoint.tensors[w.tensor].shape[w.axis] for w in writers}
     if len(widths) != 1:
-        raise UnsupportedError(f"{checkpoint.path}: what writes to the stream has several widths: {sorted(widths)}")
+        raise UnsupportedError(f"{checkpoint.source}: what writes to the stream has several widths: {sorted(widths)}")
     return writers
 
 
@@ -156,7 +170,7 @@ def _by_pattern(checkpoint: Checkpoint, name: str, layer: int | None, p: WriterP
     axis = stored_axis(tensor, p.axis)
     if len(tensor.shape) <= axis:
         raise UnsupportedError(
-            f"{checkpoint.path}: '{name}' has shape {list(tensor.shape)}; in '{checkpoint.model_type}' it has "
+            f"{checkpoint.source}: '{name}' has shape {list(tensor.shape)}; in '{checkpoint.model_type}' it has "
             f"an axis {axis} that writes to the residual stream"
         )
     tied = p.head if p.head is not None and not _has_head(checkpoint, p.head) else None
@@ -165,10 +179,11 @@ def _by_pattern(checkpoint: Checkpoint, name: str, layer: int | None, p: WriterP
         return ResidualWriter(name, p.role, layer, axis, p.module, tied_to=tied, parameter=path)
     gain = p.gain.tensor.replace(LAYER, str(layer)) if p.gain.tensor is not None else None
     if gain is not None and gain not in checkpoint.tensors:
-        raise UnsupportedError(f"{checkpoint.path}: '{gain}', the gain behind '{name}', is missing")
+        raise UnsupportedError(f"{checkpoint.source}: '{gain}', the gain behind '{name}', is missing")
     return ResidualWriter(
-        name, p.role, layer, axis, p.module, gain, p.gain.offset, p.gain.parameter, p.gain.centred, tied, path
-    )
+        name, p.role, layer, axis, p.module, gain, p.gain.offset - p.gain.included, p.gain.included, p.gain.parameter,
+        p.gain.centred, tied, path,
+    )  # fmt: skip
 
 
 def _is_leftover(tensor: TensorInfo) -> bool:
@@ -193,6 +208,6 @@ def _check_kinds(checkpoint: Checkpoint, known: Architecture, matched: dict[int,
             lacking += [p.replace(LAYER, str(layer)) for p in sorted(nearest ^ have)]
     if lacking:
         raise UnsupportedError(
-            f"{checkpoint.path}: the weights do not match the model class '{known.model_type}', which has {n_layers} "
+            f"{checkpoint.source}: the weights do not match the model class '{known.model_type}', which has {n_layers} "
             f"layers here: missing, or where no layer of it has them: {', '.join(lacking[:4])}"
         )
