@@ -2,7 +2,8 @@
 
 uv run python bench/casts.py MODEL     matrices of a bfloat16 checkpoint of the Llama layout, a random direction each
 
-For each storage type the matrix is first stored in that type (FP8 with blocks of 128 x 128, MXFP4), then projected.
+For each storage type the matrix is first stored in that type (FP8 with blocks of 128 x 128, MXFP4, and on every sixth
+layer the block types of GGUF, by llama.cpp's encoder), then projected; a plain cast to those is that encoder again.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import numpy as np
 
 from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.codecs import Array, Codec, Mxfp4, Plain, Scaled
+from abliterate.checkpoint.ggml_blocks import LAYOUTS, Blocks
 from abliterate.checkpoint.matrix import Matrix
 from abliterate.checkpoint.storage import matrices
 from abliterate.edit.plan import plan_edit
 from abliterate.edit.projection import Removal, orthonormal, project_columns
+from abliterate.edit.requantise import move_columns
+
+#: In every how many layers block types are measured as well, as some encoders take seconds; numbers in their blocks.
+EVERY, WIDEST = 6, 256
 
 
 def codecs(w: Array) -> dict[str, Codec]:
@@ -49,7 +55,8 @@ def measure(w: Array, codec: Codec, d: Array, folder: Path) -> tuple[float, floa
     codec.round(plain, rows)
     matrix = Matrix("w", "a", 0, *w.shape, codec)
     with (folder / "a").open("rb") as a, (folder / "b").open("r+b") as b:
-        project_columns(matrix, a.fileno(), b.fileno(), Removal(d))
+        project = move_columns if isinstance(codec, Blocks) else project_columns
+        project(matrix, a.fileno(), b.fileno(), Removal(d))
         ours = matrix.values(b.fileno(), rows)
     before = np.linalg.norm(d.T @ stored)
     wide = d.T.astype(np.float64)
@@ -81,7 +88,9 @@ def main() -> None:
             with (checkpoint.path / info.file).open("rb") as file:
                 w = matrix.values(file.fileno(), np.arange(matrix.rows))
             d = orthonormal(np.random.default_rng(i).normal(size=len(w)).astype(np.float32))
-            for kind, codec in codecs(w).items():
+            fits = w.shape[1] % WIDEST == 0 and writer.layer is not None and not writer.layer % EVERY
+            blocks = {f"GGUF {dtype}": Blocks(dtype) for dtype in LAYOUTS if fits}
+            for kind, codec in (codecs(w) | blocks).items():
                 found.setdefault(kind, []).append(measure(w, codec, d, Path(name)))
             found.setdefault("norms", []).append(norms(w, d.astype(np.float64)))
     print(f"{len(writers)} matrices of {checkpoint.path.name}\n")

@@ -57,8 +57,11 @@ class Codec(Protocol):
         """The nearest stored form of `values` `[n, columns]`, which is overwritten with what that form reads."""
         ...
 
-    def words(self, values: Array, rows: npt.NDArray[np.intp]) -> Array:
-        """The same stored form as unsigned integers, one for each element (or byte); `values` is used up."""
+    def words(self, values: Array, rows: npt.NDArray[np.intp], like: Raw) -> Array:
+        """The same stored form as unsigned integers, one for each element (or byte); `values` is used up.
+
+        Where scales lie among the codes, they are those of `like`, a stored form of the same rows.
+        """
         ...
 
 
@@ -83,10 +86,10 @@ class Plain:
         np.left_shift(stored, np.uint32(16), out=wide, dtype=np.uint32, casting="unsafe")
         return wide.view(np.float32)
 
-    def round(self, values: Array, rows: npt.NDArray[np.intp]) -> Raw:
+    def round(self, values: Array, rows: npt.NDArray[np.intp]) -> Raw:  # noqa: ARG002
         """To nearest, float16 ties to even, bfloat16 ties away from zero (as an edit's sums never tie)."""
         if self.dtype == "BF16":
-            stored = np.ascontiguousarray(self.words(values, rows))
+            stored = np.ascontiguousarray(self._upper_halves(values))
             bits = values.view(np.uint32)
             bits &= np.uint32(0xFFFF0000)
             return stored.view(np.uint8)
@@ -95,10 +98,14 @@ class Plain:
         values[...] = stored
         return stored.view(np.uint8)
 
-    def words(self, values: Array, rows: npt.NDArray[np.intp]) -> Array:
+    def words(self, values: Array, rows: npt.NDArray[np.intp], like: Raw) -> Array:  # noqa: ARG002
         """The bits of the nearest numbers; of bfloat16 a view of the upper halves of `values`."""
         if self.dtype != "BF16":
             return self.round(values, rows).view(f"<u{_PLAIN[self.dtype].itemsize}")
+        return self._upper_halves(values)
+
+    @staticmethod
+    def _upper_halves(values: Array) -> Array:
         bits = values.view(np.uint32)
         bits += np.uint32(0x8000)
         return values.view(np.uint16)[:, 1::2]
@@ -137,7 +144,9 @@ class Scaled:
         values[...] = stored.astype(np.float32) * scale
         return stored.view(np.uint8)
 
-    words = round
+    def words(self, values: Array, rows: npt.NDArray[np.intp], like: Raw) -> Array:  # noqa: ARG002
+        """The same; the scales are at hand."""
+        return self.round(values, rows)
 
 
 class Mxfp4:
@@ -173,7 +182,9 @@ class Mxfp4:
         packed: Raw = codes[:, 0::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
         return packed
 
-    words = round
+    def words(self, values: Array, rows: npt.NDArray[np.intp], like: Raw) -> Array:  # noqa: ARG002
+        """The same; the scales are at hand."""
+        return self.round(values, rows)
 
 
 def codec(

@@ -22,7 +22,10 @@ Rows = npt.NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Matrix:
-    """`rows x columns` numbers at byte `offset` of `file`, part of tensor `name`."""
+    """`rows x columns` numbers at byte `offset` of `file`, part of tensor `name`.
+
+    `stride` bytes lie from one row to the next where the matrix is some of the columns of a wider one.
+    """
 
     name: str
     file: str
@@ -30,6 +33,7 @@ class Matrix:
     rows: int
     columns: int
     codec: Codec
+    stride: int | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -45,7 +49,7 @@ class Matrix:
     def announce(self, fd: int) -> None:
         """Ask the kernel to read all of it ahead, where it can be asked."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, self.offset, self.rows * self.row_bytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(fd, self.offset, self.rows * (self.stride or self.row_bytes), os.POSIX_FADV_WILLNEED)
 
     def read(self, fd: int, rows: Rows) -> Raw:
         """The raw bytes `[n, row_bytes]` of `rows`, which are in rising order.
@@ -54,9 +58,9 @@ class Matrix:
             VerifyError: the file ends before them.
         """
         raw = np.empty((len(rows), self.row_bytes), dtype=np.uint8)
-        for first, last in _runs(rows):
+        for first, last, at in self._runs(rows):
             wanted = memoryview(raw[first:last]).cast("B")  # type: ignore[arg-type]
-            if os.preadv(fd, [wanted], self.offset + int(rows[first]) * self.row_bytes) != len(wanted):
+            if os.preadv(fd, [wanted], at) != len(wanted):
                 raise VerifyError(
                     f"{self.file}: ended while tensor '{self.name}' was read; did the file change meanwhile?"
                 )
@@ -73,9 +77,18 @@ class Matrix:
             ResourceError: the disk is full.
         """
         raw = np.ascontiguousarray(raw)
-        for first, last in _runs(rows):
-            data = memoryview(raw[first:last]).cast("B")  # type: ignore[arg-type]
-            write_all(fd, data, self.offset + int(rows[first]) * self.row_bytes, self.file)
+        for first, last, at in self._runs(rows):
+            write_all(fd, memoryview(raw[first:last]).cast("B"), at, self.file)  # type: ignore[arg-type]
+
+    def _runs(self, rows: Rows) -> Iterator[tuple[int, int, int]]:
+        """Half-open ranges of places in `rows` whose bytes follow one another, and where in the file they begin."""
+        stride = self.stride or self.row_bytes
+        apart = np.diff(rows) != 1 if stride == self.row_bytes else np.ones(len(rows) - 1, dtype=bool)
+        start = 0
+        for end in (*(np.flatnonzero(apart) + 1).tolist(), len(rows)):
+            if end > start:
+                yield start, end, self.offset + int(rows[start]) * stride
+            start = end
 
     def require_finite(self, fd: int) -> None:
         """Look at every number.
@@ -90,16 +103,6 @@ class Matrix:
                     f"{self.file}: tensor '{self.name}' holds NaN or infinity, first in row "
                     f"{rows[int(np.argmin(finite))]}; the checkpoint is damaged: nothing was written"
                 )
-
-
-def _runs(rows: Rows) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of places in `rows` at which they follow one another."""
-    ends = np.flatnonzero(np.diff(rows) != 1) + 1
-    start = 0
-    for end in (*ends.tolist(), len(rows)):
-        if end > start:
-            yield start, end
-        start = end
 
 
 def write_all(fd: int, data: memoryview, offset: int, file: str) -> None:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from abliterate.checkpoint.codecs import FP8, PLAIN, Array, codec
+from abliterate.checkpoint.ggml_blocks import LAYOUTS, Blocks
 from abliterate.checkpoint.matrix import Matrix
 from abliterate.checkpoint.opened import Checkpoint
 from abliterate.checkpoint.safetensors_file import TensorInfo
@@ -21,6 +22,10 @@ from abliterate.errors import UnsupportedError
 
 #: Bytes of one piece of a matrix that can be worked on in pieces.
 PIECE = 64 << 20
+#: Numbers of one panel of columns that can be worked on by itself.
+PANEL = 1 << 22
+#: The types whose matrices come in pieces that need nothing of one another.
+IN_PIECES = (*PLAIN, *LAYOUTS)
 #: What the scales of a tensor's codes are called: DeepSeek's blocks, per-tensor and per-channel FP8.
 _FP8_SCALES = ("_scale_inv", "_scale")
 _MXFP4_CODES, _MXFP4_SCALES = "_blocks", "_scales"
@@ -55,32 +60,43 @@ def matrices(checkpoint: Checkpoint, tensor: TensorInfo, axis: int) -> Iterator[
     """A stored tensor as matrices with `axis` as their rows, or as their columns where it is the last one.
 
     A fused tensor of experts `[E, d_model, d_ff]` is one matrix for each expert; `[E, d_ff, d_model]`, stored in one
-    piece, is one matrix of `E x d_ff` rows, and comes in pieces. A vector is a matrix of one column.
+    piece, is one matrix of `E x d_ff` rows, and comes in pieces. A vector is a matrix of one column. Block types of
+    ggml come in panels of columns where `axis` runs down: no column needs another.
 
     Raises:
         UnsupportedError: the storage type cannot be edited along this axis, or there is nothing to edit.
     """
     if not tensor.nbytes:
-        raise UnsupportedError(f"{checkpoint.path}: tensor '{tensor.name}' of shape {list(tensor.shape)} is empty")
+        raise UnsupportedError(f"{checkpoint.source}: tensor '{tensor.name}' of shape {list(tensor.shape)} is empty")
     if tensor.dtype in PLAIN:
         yield from _plain(tensor, axis)
         return
+    if tensor.dtype in LAYOUTS:
+        yield from _blocks(tensor, axis)
+        return
+    if checkpoint.format == "gguf":
+        raise UnsupportedError(
+            f"{checkpoint.source}: tensor '{tensor.name}' is stored as {tensor.dtype}, whose codes stand for several "
+            "numbers at once and cannot be moved one by one; store those tensors in a larger type: --requantize Q4_K"
+        )
     scales = _scales(checkpoint, tensor)
     if scales is None:
         raise UnsupportedError(
-            f"{checkpoint.path}: tensor '{tensor.name}' is stored as {tensor.dtype} without scales that are known; "
-            f"can edit {', '.join(PLAIN)}, FP8 with *{_FP8_SCALES[0]} or *{_FP8_SCALES[1]}, and MXFP4"
+            f"{checkpoint.source}: tensor '{tensor.name}' is stored as {tensor.dtype} without scales that are known; "
+            f"can edit {', '.join(IN_PIECES)}, and FP8 with *{_FP8_SCALES[0]} or *{_FP8_SCALES[1]}"
         )
     shape = (*tensor.shape[:-2], 2 * math.prod(tensor.shape[-2:])) if tensor.dtype == "U8" else tensor.shape
     if axis != len(shape) - 2:
-        raise UnsupportedError(f"{checkpoint.path}: tensor '{tensor.name}': {tensor.dtype} cannot be edited on {axis=}")
+        raise UnsupportedError(
+            f"{checkpoint.source}: tensor '{tensor.name}': {tensor.dtype} cannot be edited on {axis=}"
+        )
     n, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
     for i in range(n):
         own = scales if scales.size == 1 else _of_matrix(scales, n, i, scales.shape[len(shape) - 2 :])
         how = codec(tensor.dtype, (rows, columns), own, _block(checkpoint)) if own is not None else None
         if how is None:
             raise UnsupportedError(
-                f"{checkpoint.path}: tensor '{tensor.name}' of shape {list(tensor.shape)} has scales of shape "
+                f"{checkpoint.source}: tensor '{tensor.name}' of shape {list(tensor.shape)} has scales of shape "
                 f"{list(scales.shape)}, which are neither one, nor one for each row, nor one for each block of "
                 f"weight_block_size {_block(checkpoint)} in config.json"
             )
@@ -97,23 +113,43 @@ def _plain(tensor: TensorInfo, axis: int) -> Iterator[Matrix]:
     how = codec(tensor.dtype, shape)
     assert how is not None
     if by_rows(tensor, axis):
-        whole = Matrix(tensor.name, tensor.file, tensor.offset, math.prod(shape[:-1]), shape[-1], how)
-        step = max(1, PIECE // max(1, whole.row_bytes))
-        for start in range(0, whole.rows, step):
-            rows = min(step, whole.rows - start)
-            yield replace(whole, offset=whole.offset + start * whole.row_bytes, rows=rows)
+        yield from _rows(Matrix(tensor.name, tensor.file, tensor.offset, math.prod(shape[:-1]), shape[-1], how))
         return
     columns, n = math.prod(shape[axis + 1 :]), math.prod(shape[:axis])
     for i in range(n):
         yield Matrix(tensor.name, tensor.file, tensor.offset + i * (tensor.nbytes // n), shape[axis], columns, how)
 
 
+def _rows(matrix: Matrix) -> Iterator[Matrix]:
+    """A matrix in pieces of rows."""
+    step = max(1, PIECE // max(1, matrix.row_bytes))
+    for start in range(0, matrix.rows, step):
+        rows = min(step, matrix.rows - start)
+        yield replace(matrix, offset=matrix.offset + start * matrix.row_bytes, rows=rows)
+
+
+def _blocks(tensor: TensorInfo, axis: int) -> Iterator[Matrix]:
+    shape, how = tensor.shape, Blocks(tensor.dtype)
+    if by_rows(tensor, axis):
+        yield from _rows(Matrix(tensor.name, tensor.file, tensor.offset, math.prod(shape[:-1]), shape[-1], how))
+        return
+    if axis != len(shape) - 2:
+        raise UnsupportedError(f"{tensor.file}: tensor '{tensor.name}': {tensor.dtype} cannot be edited on {axis=}")
+    n, (rows, columns), size = math.prod(shape[:-2]), shape[-2:], how.layout.size
+    stride, width = how.row_bytes(columns), size * max(1, PANEL // (rows * size))
+    for i in range(n):
+        start = tensor.offset + i * rows * stride
+        for first in range(0, columns, width):
+            at, wide = start + how.row_bytes(first), min(width, columns - first)
+            yield Matrix(tensor.name, tensor.file, at, rows, wide, how, stride)
+
+
 def whole(tensor: TensorInfo) -> Matrix | None:
-    """A tensor as one matrix of plain numbers with its first axis down, or None where it is not plain."""
-    if tensor.dtype not in PLAIN:
+    """A tensor as one matrix of numbers with its first axis down, or None where those need scales kept elsewhere."""
+    if tensor.dtype not in IN_PIECES:
         return None
     shape = tensor.shape or (1,)
-    how = codec(tensor.dtype, shape)
+    how = Blocks(tensor.dtype) if tensor.dtype in LAYOUTS else codec(tensor.dtype, shape)
     return Matrix(tensor.name, tensor.file, tensor.offset, shape[0], math.prod(shape[1:]), how) if how else None
 
 

@@ -111,7 +111,7 @@ def project_columns(matrix: Matrix, source: int, target: int, removal: Removal, 
         norm += float(np.vdot(block, block))
     if not np.isfinite(along).all() or not np.isfinite(norm):
         matrix.require_finite(source)
-    scale = _scale(norms, along, removal) if removal.keep_norms else None
+    scale = norm_scale(norms, along, removal) if removal.keep_norms else None
     taken = (removal.strength * along).astype(d.dtype)
 
     def read(rows: Rows) -> tuple[Raw, Array]:
@@ -148,7 +148,7 @@ def project_rows(matrix: Matrix, source: int, target: int, removal: Removal, und
         if not np.isfinite(norm):
             matrix.require_finite(source)
         norms = np.einsum("ij,ij->i", numbers, numbers) if removal.keep_norms else None
-        scale = _scale(norms, along, removal) if norms is not None else None
+        scale = norm_scale(norms, along, removal) if norms is not None else None
         taken = (removal.strength * (along - removal.offset)).astype(d.dtype)
         # Stored words, turned so that the residual axis runs down, and back at the end.
         word = np.dtype(f"<u{matrix.row_bytes // matrix.columns}")
@@ -184,7 +184,7 @@ def _turned(words: Array) -> Array:
     return np.ascontiguousarray(longer.T)
 
 
-def _scale(norms: npt.NDArray[np.float64], along: npt.NDArray[np.float64], removal: Removal) -> Float32Array:
+def norm_scale(norms: npt.NDArray[np.float64], along: npt.NDArray[np.float64], removal: Removal) -> Float32Array:
     """What brings every column back to its norm: `‖w'‖² = ‖w‖² − (2s − s²) ‖Dᵀw‖²`. Columns left empty stay so."""
     s = removal.strength
     after = norms - (2 * s - s * s) * np.square(along).sum(axis=0)

@@ -18,10 +18,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from abliterate.checkpoint import Checkpoint, TensorInfo
-from abliterate.checkpoint.codecs import PLAIN
-from abliterate.checkpoint.storage import by_rows, matrices
+from abliterate.checkpoint.ggml_blocks import LAYOUTS
+from abliterate.checkpoint.storage import IN_PIECES, by_rows, matrices
 from abliterate.checkpoint.stream import copy_range, create, forget, gaps, tensor_sha256
 from abliterate.edit.projection import Removal, Removed, project_columns, project_rows
+from abliterate.edit.requantise import move_columns, move_rows
 from abliterate.edit.sidecar import Sidecar
 from abliterate.edit.writers import ResidualWriter
 from abliterate.model.progress import Progress
@@ -65,13 +66,19 @@ class PlannedTensor:
 
     def jobs(self) -> int:
         """Into how many pieces its work falls; block-scaled ones share scales that only one thread should hold."""
-        return sum(1 for _ in matrices(self.checkpoint, self.info, self.writer.axis)) if self.info.dtype in PLAIN else 1
+        if self.info.dtype not in IN_PIECES:
+            return 1
+        return sum(1 for _ in matrices(self.checkpoint, self.info, self.writer.axis))
 
     def edit(
         self, number: int, job: tuple[int, int], source: int, target: int, sidecar: Sidecar | None
     ) -> list[Removed]:
         """Project the pieces that fall to job `i` of `n`, from file to file; `number` is the tensor's in its file."""
-        project = project_rows if by_rows(self.info, self.writer.axis) else project_columns
+        along_rows = by_rows(self.info, self.writer.axis)
+        if self.info.dtype in LAYOUTS:
+            project = move_rows if along_rows else move_columns
+        else:
+            project = project_rows if along_rows else project_columns
         removed = []
         for i, matrix in enumerate(matrices(self.checkpoint, self.info, self.writer.axis)):
             if i % job[1] == job[0]:

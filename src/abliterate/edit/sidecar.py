@@ -64,7 +64,7 @@ class Sidecar:
                 begun = True
                 none = np.empty(0, "<u4")
                 self._write(tensor, piece, none, along.right, None if by_row else along.scale, none, none)
-            predicted = matrix.codec.words(along.restored(after), rows)
+            predicted = matrix.codec.words(along.restored(after), rows, before)
             rest = (before.view(predicted.dtype) - predicted).ravel()
             # Mostly nought: where the others are, and what, goes through the compressor many times faster.
             where = np.flatnonzero(rest != 0).astype("<u4")
@@ -183,6 +183,6 @@ def restore(matrix: Matrix, record: Record, right: Float32Array, scale: Float32A
     values = matrix.codec.decode(edited, record.rows)
     along = Along(record.factor, right, record.scale if record.scale is not None else scale)
     with np.errstate(all="ignore"):  # numbers of a damaged record; the hash tells of them
-        words = np.ascontiguousarray(matrix.codec.words(along.restored(values), record.rows))
+        words = np.ascontiguousarray(matrix.codec.words(along.restored(values), record.rows, edited))
     words.ravel()[record.where] += _words(record.rest, words.dtype)
     return words.view(np.uint8)

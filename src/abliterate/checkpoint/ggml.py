@@ -1,0 +1,100 @@
+"""ggml's own encoder and decoders, reached in the shared library that the `xllamacpp` wheel carries.
+
+Owns finding and calling them. Never knows what is encoded, or why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from abliterate.checkpoint.codecs import Array, Float32Array, Raw
+from abliterate.checkpoint.gguf_file import NUMBERS
+from abliterate.errors import UnsupportedError
+
+#: The types that ggml encodes by the activations they will meet (an importance matrix), which a file does not keep.
+NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+_MEND = "pip install 'abliterate[gguf]'"
+
+
+def encode(values: Array, dtype: str, row_bytes: int) -> Raw:
+    """The rows of `values` `[n, columns]` as llama.cpp stores them, `[n, row_bytes]`.
+
+    Raises:
+        UnsupportedError: the type needs an importance matrix, or the encoder cannot be reached.
+    """
+    if dtype in NEED_IMPORTANCE:
+        raise UnsupportedError(
+            f"{dtype} cannot be encoded without an importance matrix, which the file does not hold; store those "
+            "tensors in a larger type: --requantize Q4_K"
+        )
+    library = _library()
+    block = _function(library, "ggml_blck_size", ctypes.c_int64, ctypes.c_int)(NUMBERS[dtype])
+    if values.shape[1] % block:
+        raise UnsupportedError(
+            f"rows of {values.shape[1]} numbers do not fall into blocks of {block}, as {dtype} needs; choose a type "
+            "with smaller blocks: Q4_0, Q5_0, Q8_0 or IQ4_NL for 32"
+        )
+    size = _function(library, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
+    if size(NUMBERS[dtype], values.shape[1]) != row_bytes:
+        raise UnsupportedError(
+            f"{library._name}: stores a row of {values.shape[1]} numbers as {dtype} in another way than known here "
+            f"({row_bytes} bytes); install the release that was tested: {_MEND}"
+        )
+    source = np.ascontiguousarray(values, dtype=np.float32)
+    raw = np.empty((len(source), row_bytes), dtype=np.uint8)
+    run = _function(
+        library, "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    )  # fmt: skip
+    run(NUMBERS[dtype], source.ctypes.data, raw.ctypes.data, 0, *source.shape, None)
+    return raw
+
+
+def decode(raw: Raw, dtype: str, columns: int) -> Float32Array:
+    """The numbers `[n, columns]` of stored rows of any type that is not one float for each.
+
+    Raises:
+        UnsupportedError: the library cannot be reached, or does not know the type.
+    """
+    name = f"dequantize_row_{dtype.lower().replace('_k', '_K')}"
+    run = _function(_library(), name, None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    source, values = np.ascontiguousarray(raw), np.empty((len(raw), columns), dtype=np.float32)
+    run(source.ctypes.data, values.ctypes.data, values.size)
+    return values
+
+
+def _function(library: ctypes.CDLL, name: str, result: type | None, *arguments: type) -> Callable[..., int]:
+    try:
+        found = getattr(library, name)
+    except AttributeError:
+        raise UnsupportedError(
+            f"{library._name}: does not offer {name}; install the release that was tested: {_MEND}"
+        ) from None
+    found.restype, found.argtypes = result, list(arguments)
+    return found  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    """The wheel's extension module as a plain library: llama.cpp is linked into it. Nothing of Python's runs."""
+    spec = importlib.util.find_spec("xllamacpp")
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        raise UnsupportedError(f"encoding needs llama.cpp, in the package xllamacpp, which is not installed: {_MEND}")
+    endings = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    places = [p for folder in folders for p in sorted(Path(folder).iterdir()) if p.name.endswith(endings)]
+    for place in places:
+        try:
+            library = ctypes.CDLL(str(place))
+        except OSError as error:
+            raise UnsupportedError(f"{place}: cannot be loaded ({error}); install it again: {_MEND}") from None
+        if hasattr(library, "ggml_quantize_chunk"):
+            return library
+    raise UnsupportedError(f"{folders[0]}: holds no library that offers ggml_quantize_chunk; {_MEND}")
