@@ -46,7 +46,7 @@ class Recipe:
     refusals that are to stay beside answers. What else was tried: docs/method.md.
     """
 
-    stages: tuple[tuple[int, float], ...] = ((3, 40.0), (5, 20.0), (3, 10.0), (3, 10.0))
+    stages: tuple[tuple[int, float], ...] = ((3, 40.0), (6, 20.0), (6, 10.0))
     batch: int = 16
     learning_rate: float = 0.08
     turning: float = 0.2
