@@ -183,6 +183,7 @@ def test_scales_of_four_bit_codes_come_one_for_each_block(scales: list[int], tmp
         list(matrices(checkpoint, checkpoint.tensors["w_blocks"], 0))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
     import tempfile
