@@ -159,7 +159,8 @@ def info(dtype: str, shape: tuple[int, ...], offset: int) -> TensorInfo:
 
 
 def pieces(tensor: TensorInfo, axis: int) -> list[Matrix]:
-    return list(storage.matrices(cast(Checkpoint, SimpleNamespace(path=Path("m.gguf"))), tensor, axis))
+    opened = SimpleNamespace(source=Path("m.gguf"), format="gguf")
+    return list(storage.matrices(cast(Checkpoint, opened), tensor, axis))
 
 
 @pytest.mark.parametrize("dtype", ["Q4_K", "Q5_1", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"])
