@@ -152,6 +152,15 @@ def test_undo_restores_every_byte_and_an_adapter_does_the_same(
         assert (now - edited).norm() < 3e-3 * edited.norm() < 1e-2 * edited.norm() < (was - edited).norm(), w.tensor
 
 
+@pytest.mark.parametrize("given", [{"embeddings": "keep"}, {"keep_norms": True}], ids=str)
+def test_an_affine_direction_needs_the_embedding(
+    runs: dict[str, Result], refusing: Refusing, tmp_path: Path, given: dict[str, object]
+) -> None:
+    found = runs["affine"][1] / "abliteration" / "directions.safetensors"
+    with pytest.raises(UsageError, match=r"an affine edit.*leave out --"):
+        verbs.edit(str(refusing.folder), found, tmp_path / "out", **given)
+
+
 def test_an_embedding_that_is_scaled_or_normed_cannot_take_the_harmless_mean(tiny: Tiny) -> None:
     for family, plain in (("llama", True), ("olmo2", True), ("gemma2", False), ("gemma3_text", False)):
         assert starts_as_embedding(load_model(tiny(family), device="cpu")) is plain, family

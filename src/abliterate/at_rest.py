@@ -76,6 +76,11 @@ def edit(
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
     found = Direction.load(Path(direction))
+    if found.offset and (chosen.keep_norms or chosen.embeddings == "keep"):
+        option = "--keep-norms" if chosen.keep_norms else "--embeddings keep"
+        raise UsageError(
+            f"{direction}: an affine edit, whose constant goes into the embedding as it is; leave out {option}"
+        )
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
