@@ -181,15 +181,21 @@ def _name(name: str, found: dict[str, Any], own: dict[str, Any]) -> str:
 def _line(name: str, f: Figures) -> str:
     rates = [f["refusals"]["harmful"][judge] for judge in JUDGES]
     rates += [f["refusals"][kind]["rules"] for kind in ("xstest_unsafe", "xstest_safe", "harmless")]
-    cells = [f"{100 * r['value']:.1f}% [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in rates]
+    cells = [percent(r) for r in rates]
     if "kl_first" not in f:
         return f"| {' | '.join([name, *cells, '–', '–', '–', '–', '1'])} |"
     first, everything, along, ratio = (f[k] for k in ("kl_first", "kl_first_all", "kl_along", "perplexity_ratio"))
-    cells += [_interval(first), f"{first['median']:.4f}", _interval(everything), _interval(along)]
-    return f"| {' | '.join([name, *cells, f'× {_interval(ratio)}'])} |"
+    cells += [interval(first), f"{first['median']:.4f}", interval(everything), interval(along)]
+    return f"| {' | '.join([name, *cells, f'× {interval(ratio)}'])} |"
 
 
-def _interval(f: dict[str, float]) -> str:
+def percent(rate: dict[str, float]) -> str:
+    """A share with its interval."""
+    return f"{100 * rate['value']:.1f}% [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def interval(f: dict[str, float]) -> str:
+    """A figure with its interval."""
     return f"{f['value']:.4f} [{f['low']:.4f}, {f['high']:.4f}]"
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import abliterate
 from abliterate.errors import AbliterateError
 from bench import measure
+from bench.front import interval, percent
 
 #: Name and options of each way. At strength 1 everywhere but for the tuned ones.
 WAYS: dict[str, dict[str, Any]] = {
@@ -59,11 +60,6 @@ def edited(model: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]
     return found
 
 
-def percent(rate: dict[str, Any]) -> str:
-    """A share with its interval."""
-    return f"{rate['value']:.1%} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
-
-
 def table(made: dict[str, dict[str, Any]], figures: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row for each way, in the order of `WAYS`."""
     sizes = {kind: figures["base"]["refusals"][kind]["rules"]["n"] for kind in figures["base"]["refusals"]}
@@ -79,7 +75,7 @@ def table(made: dict[str, dict[str, Any]], figures: dict[str, dict[str, Any]]) -
         f = figures["base" if found is None else slug(name)]
         cells = [percent(f["refusals"][kind]["rules"]) for kind in ("harmful", "xstest_unsafe", "xstest_safe")]
         if found is not None:
-            cells += [f"{f[k]['value']:.4f} [{f[k]['low']:.4f}, {f[k]['high']:.4f}]" for k in ("kl_first", "kl_along")]
+            cells += [interval(f[k]) for k in ("kl_first", "kl_along")]
             ratio = f["perplexity_ratio"]
             cells.append(f"×{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]")
         rank = "–" if found is None else str(found["chosen"]["rank"])

@@ -76,26 +76,15 @@ def edit(
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
     found = Direction.load(Path(direction))
-    if found.offset and (chosen.keep_norms or chosen.embeddings == "keep"):
-        option = "--keep-norms" if chosen.keep_norms else "--embeddings keep"
-        raise UsageError(
-            f"{direction}: an affine edit, whose constant goes into the embedding as it is; leave out {option}"
-        )
+    _require_place_for_offset(found, direction, chosen)
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     plan = plan_edit(checkpoint, chosen.embeddings).weighted(found.strengths)
     require_room(out, checkpoint)
     given = {"model": model, "direction": str(direction), "output": str(output), **options}
-    settings = {
-        "edit": checkpoint.fingerprint,
-        "direction": sha256(found.removed.tobytes()).hexdigest(),
-        "strengths": found.strengths,
-        "offset": found.offset,
-        **{name: getattr(chosen, name) for name in ("strength", "embeddings", "keep_norms", "format", "undo")},
-    }
     start = time.monotonic()
-    with Workspace(out, source, settings, resume) as work:
+    with Workspace(out, source, _edit_settings(checkpoint, found, chosen), resume) as work:
         try:
             work.write("given", given)
             edits = write_edited(checkpoint, plan, found, work, chosen, steps)
@@ -119,6 +108,28 @@ def edit(
         )
         finish(work, record)
     return record
+
+
+def _require_place_for_offset(found: Direction, name: str | Path, options: Options) -> None:
+    """Check that what a direction leaves in the stream can go into the embedding.
+
+    Raises:
+        UsageError: options keep the embedding, or scale it.
+    """
+    if found.offset and (options.keep_norms or options.embeddings == "keep"):
+        option = "--keep-norms" if options.keep_norms else "--embeddings keep"
+        raise UsageError(f"{name}: an affine edit, whose constant goes into the embedding as it is; leave out {option}")
+
+
+def _edit_settings(checkpoint: Checkpoint, found: Direction, options: Options) -> dict[str, Any]:
+    """What an edit that goes on must have in common with the one that was stopped."""
+    return {
+        "edit": checkpoint.fingerprint,
+        "direction": sha256(found.removed.tobytes()).hexdigest(),
+        "strengths": found.strengths,
+        "offset": found.offset,
+        **{name: getattr(options, name) for name in ("strength", "embeddings", "keep_norms", "format", "undo")},
+    }
 
 
 def write_edited(
