@@ -39,17 +39,17 @@ BY_GRADIENT = "strengths and direction by gradient"
 class Recipe:
     """How to descend: `stages` of so many steps at one rate, what a nat of KL is worth in refusal log-odds.
 
-    From `start`, where little is lost, falling rates follow the front towards fewer refusals. `first` is the weight of
-    the first token's KL beside the mean along the answer, `opening` that of a refusal's later tokens; refusal log-odds
-    below minus `margin` gain little; `pull` is what strengths cost by themselves; coordinates of the direction move at
-    `turning` times the rate of strengths, within so many axes as `span`. `hold` is the weight of
-    refusals that are to stay beside answers. What else was tried: docs/method.md.
+    From `start`, where little is lost, falling rates follow the front towards fewer refusals. `batch` prompts of either
+    kind are drawn for a step. `first` is the weight of the first token's KL beside the mean along the answer, `opening`
+    that of a refusal's later tokens; refusal log-odds below minus `margin` gain little; `pull` is what strengths cost
+    by themselves; coordinates of the direction move at `turning` times the rate of strengths, within so many axes as
+    `span`. `hold` is the weight of refusals that are to stay beside answers. What else was tried: docs/method.md.
     """
 
-    stages: tuple[tuple[int, float], ...] = ((3, 40.0), (6, 20.0), (6, 10.0))
-    batch: int = 16
+    stages: tuple[tuple[int, float], ...] = ((14, 20.0), (6, 14.0))
+    batch: int = 8
     learning_rate: float = 0.08
-    turning: float = 0.2
+    turning: float = 0.5
     first: float = 1.0
     opening: float = 0.3
     margin: float = 3.0
@@ -61,7 +61,7 @@ class Recipe:
 
 RECIPE = Recipe()
 #: Where refusals are to stay, they cost more than answers, and the direction has further to turn.
-HOLDING = Recipe(stages=((6, 6.0), (6, 3.0), (6, 1.5)), learning_rate=0.09, turning=1.0, span=40)
+HOLDING = Recipe(stages=((6, 6.0), (6, 3.0), (6, 1.5)), batch=16, learning_rate=0.09, turning=1.0, span=40)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ class _Search:
             ],
             betas=(0.8, 0.95),
         )
-        self.order = random.Random(seed)
+        order = random.Random(seed)
+        self.lose, self.keep = _Deck(task.lose, recipe.batch, order), _Deck(task.keep, recipe.batch, order)
+        self.hold = _Deck(task.hold, recipe.batch, order) if task.hold is not None else None
 
     @cached_property
     def at_once(self) -> int | None:
@@ -164,12 +166,12 @@ class _Search:
 
     def step(self, rate: float) -> None:
         """One step of Adam on a draw of prompts."""
-        lose, keep = self._draw(self.task.lose), self._draw(self.task.keep)
+        lose, keep = self.lose.draw(), self.keep.draw()
         self.adam.zero_grad()
         self._backward(lose, partial(self._losing, lose))
         self._backward(keep, partial(self._keeping, keep, rate))
-        if self.task.hold is not None:
-            hold = self._draw(self.task.hold)
+        if self.hold is not None:
+            hold = self.hold.draw()
             self._backward(hold, partial(self._keeping, hold, rate * self.recipe.hold))
         (self.recipe.pull * self.strengths.abs().mean()).backward()
         self.adam.step()
@@ -195,10 +197,6 @@ class _Search:
             first, mean = _divergences(task)
         return Point(direction, refused, task.asked, scores, first, mean, rate, steps, held)
 
-    def _draw(self, given: Answered) -> Answered:
-        n = min(self.recipe.batch, len(given.prompts))
-        return given.take(self.order.sample(range(len(given.prompts)), n))
-
     def _backward(self, given: Answered, loss: Callable[[list[int], torch.Tensor], torch.Tensor]) -> None:
         backward(self.task.model, given.rows, given.keep, loss, self.hooks, self.at_once)
 
@@ -221,6 +219,22 @@ class _Search:
             kl = divergence_along(given.likeliest[i], log_probs(row[along(given.answers[i])]))
             losses.append(kl.mean() + self.recipe.first * kl[0])
         return rate * torch.stack(losses).sum() / len(given.prompts)
+
+
+class _Deck:
+    """Prompts in random order, each drawn once before any is drawn again."""
+
+    def __init__(self, given: Answered, size: int, order: random.Random) -> None:
+        self.given, self.size, self.order = given, min(size, len(given.prompts)), order
+        self.left = list[int]()
+
+    def draw(self) -> Answered:
+        """The next few."""
+        if len(self.left) < self.size:
+            again = [i for i in range(len(self.given.prompts)) if i not in self.left]
+            self.left += self.order.sample(again, len(again))
+        drawn, self.left = self.left[: self.size], self.left[self.size :]
+        return self.given.take(drawn)
 
 
 def _span(
