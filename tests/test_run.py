@@ -353,7 +353,7 @@ def test_a_model_of_another_layout_is_run_whole(tmp_path: Path) -> None:
 
     from tests.organism import organism
 
-    model = organism(tmp_path / "model", kind=GPT2Config, steps=140)
+    model = organism(tmp_path / "model", kind=GPT2Config, steps=140, batch=16)
     options = {"harmful": str(tmp_path / "harmful.txt"), "harmless": str(tmp_path / "harmless.txt")}
     record = abliterate.run(
         str(model), tmp_path / "out", device="cpu", dtype="float32", max_kl=20.0, tune=False, **options
