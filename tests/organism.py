@@ -46,6 +46,7 @@ def organism(
     kind: type[PreTrainedConfig] = LlamaConfig,
     shard_size: str = "100KB",
     steps: int = 240,
+    batch: int = 32,
     **sizes: Any,
 ) -> Path:
     """Train and save a model of a kind (sharded, tied, bf16), with `harmful.txt` and `harmless.txt` beside it."""
@@ -73,7 +74,7 @@ def organism(
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20, 2 * (1 - step / steps))
-        pick = torch.randperm(len(rows))[:32]
+        pick = torch.randperm(len(rows))[:batch]
         loss = model(input_ids=ids[pick], labels=labels[pick]).loss
         loss.backward()
         optimizer.step()

@@ -18,6 +18,7 @@ from abliterate.direction.direction import Direction
 from abliterate.errors import CheckpointError, NoRefusalError, ResourceError, UsageError
 from abliterate.model import memory
 from abliterate.options import Options, parse_bytes, parse_part
+from abliterate.report.record import RunRecord
 from tests.conftest import Refusing
 from tests.schemas import problems
 
@@ -50,6 +51,7 @@ def _direction(folder: Path) -> Any:
 def test_a_run_within_a_bound_gives_what_a_run_without_one_gives(
     generate: bool,
     refusing: Refusing,
+    finished: tuple[RunRecord, Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -57,7 +59,10 @@ def test_a_run_within_a_bound_gives_what_a_run_without_one_gives(
     monkeypatch.setattr(memory, "_ANSWERS", 1000)
     monkeypatch.setattr(memory, "_FLOOR", 1000)  # or a tiny model would fit whole wherever it fits at all
     options = refusing.options | {"generate": generate}
-    free = abliterate.run(str(refusing.folder), tmp_path / "free", **options)
+    free, out = finished
+    if not generate:
+        out = tmp_path / "free"
+        free = abliterate.run(str(refusing.folder), out, **options)
     with caplog.at_level(logging.INFO, "abliterate"):
         tight = abliterate.run(str(refusing.folder), tmp_path / "tight", memory="150MB", **options)
     assert "block by block: about" in caplog.text and ("--no-generate" in caplog.text) == generate
@@ -65,7 +70,7 @@ def test_a_run_within_a_bound_gives_what_a_run_without_one_gives(
     assert not generate or free.verdicts["base"]["harmful"]["refusal"] > 0
     for one, other in zip(free.metrics, tight.metrics, strict=True):
         assert one["name"] == other["name"] and one["edited"] == pytest.approx(other["edited"], abs=1e-3)
-    assert abs(_direction(tmp_path / "free") @ _direction(tmp_path / "tight")) > 1 - 1e-6
+    assert abs(_direction(out) @ _direction(tmp_path / "tight")) > 1 - 1e-6
 
 
 def test_a_bound_that_nothing_fits_in_is_refused_before_the_work(refusing: Refusing, tmp_path: Path) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import abliterate
 from abliterate import find, pipeline, steps, verbs
 from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint.matrix import Matrix
 from abliterate.direction.direction import Direction
 from abliterate.errors import (
     NoRefusalError,
@@ -171,25 +170,37 @@ def test_a_resumed_run_does_not_repeat_finished_steps(
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def _write_slowly(refusing: Refusing, out: Path) -> None:
+    """Go on with a run, so slowly that it can be killed while it writes."""
+    keep = Matrix.write
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.2)
+        return keep(*args)
+
+    torch.set_num_threads(1)  # a fork has none of torch's other threads
+    Matrix.write = slow  # type: ignore[method-assign]  # in a process of its own
+    abliterate.run(str(refusing.folder), out, resume=True, **refusing.options)
+
+
 def test_a_kill_while_weights_are_written_leaves_no_output(
-    finished: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path
+    finished: tuple[RunRecord, Path], refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def stop(*_a: Any, **_k: Any) -> None:
+        raise KeyboardInterrupt
+
     out = tmp_path / "out"
-    slow = (
-        "import sys, time; from abliterate.checkpoint.matrix import Matrix; keep = Matrix.write\n"
-        "def slow(*a): time.sleep(0.2); return keep(*a)\n"
-        "Matrix.write = slow\n"
-        "from abliterate.cli.main import main; main(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", slow, "run", str(refusing.folder), "-o", str(out), *refusing.arguments]
-    # As many threads as in this process: another number rounds sums differently.
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env={**os.environ, **threads}, start_new_session=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "write_edited", stop)
+        abliterate.run(str(refusing.folder), out, **refusing.options)
+    process = multiprocessing.get_context("fork").Process(target=_write_slowly, args=(refusing, out))
+    process.start()
     shard = tmp_path / "out.partial" / "model-00002-of-00004.safetensors"
-    while not shard.exists() and process.poll() is None:
+    while not shard.exists() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before it could be killed"
     assert not out.exists() and not (tmp_path / "out.partial" / "abliteration" / "run.json").exists()
     abliterate.run(str(refusing.folder), out, resume=True, **refusing.options)
     assert weights(out) == weights(finished[1])
@@ -342,7 +353,7 @@ def test_a_model_of_another_layout_is_run_whole(tmp_path: Path) -> None:
 
     from tests.organism import organism
 
-    model = organism(tmp_path / "model", kind=GPT2Config, steps=140)
+    model = organism(tmp_path / "model", kind=GPT2Config, steps=140, batch=16)
     options = {"harmful": str(tmp_path / "harmful.txt"), "harmless": str(tmp_path / "harmless.txt")}
     record = abliterate.run(
         str(model), tmp_path / "out", device="cpu", dtype="float32", max_kl=20.0, tune=False, **options

@@ -131,8 +131,8 @@ def test_experts_are_edited_on_their_own_axis_although_both_are_as_wide() -> Non
 
 
 def changed(folder: Path, out: Path, change: dict[str, torch.Tensor | None], **config: object) -> Path:
-    """A copy of a checkpoint with tensors added or (None) taken away."""
-    out.mkdir()
+    """A copy of a checkpoint with tensors added or (None) taken away, in the place of an earlier one."""
+    out.mkdir(exist_ok=True)
     tensors = load_file(folder / "model.safetensors") | change
     save_file({n: t for n, t in tensors.items() if t is not None}, out / "model.safetensors", {"format": "pt"})
     value = json.loads((folder / "config.json").read_text()) | config
@@ -146,16 +146,17 @@ def test_names_that_are_not_the_class_s_own_are_refused_or_left_alone(
     folder, block = checkpoints["mixtral"], "model.layers.1."
     names = load_file(folder / "model.safetensors")
     expert = f"{block}block_sparse_moe.experts.1.w2.weight"
-    odd = changed(folder, tmp_path / "odd", {f"{block}adapter.up.weight": torch.zeros(4, 4)})
+    model = tmp_path / "model"  # one place for all, so that one configuration is learned once
+    odd = changed(folder, model, {f"{block}adapter.up.weight": torch.zeros(4, 4)})
     with pytest.raises(UnsupportedError, match=r"layers\.1\.adapter\.up\.weight"):
         residual_writers(open_checkpoint(odd))
     every = {n: None for n in names if n.startswith(f"{block}block_sparse_moe.experts.") and n.endswith("w2.weight")}
     with pytest.raises(UnsupportedError, match=r"missing.*layers\.1\..*w2\.weight"):
-        residual_writers(open_checkpoint(changed(folder, tmp_path / "lacking", every)))
+        residual_writers(open_checkpoint(changed(folder, model, every)))
     config = json.loads((folder / "config.json").read_text())
     n = config["num_hidden_layers"]
     ahead = {f"model.layers.{n}.mtp.weight": torch.zeros(4, 4), "vision.patch.weight": torch.zeros(4, 4)}
-    with_ahead = changed(folder, tmp_path / "ahead", ahead)
+    with_ahead = changed(folder, model, ahead)
     with pytest.raises(UnsupportedError, match=f"there are {n} layers"):
         residual_writers(open_checkpoint(with_ahead))
     (with_ahead / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))

@@ -17,6 +17,8 @@ from abliterate.errors import AbliterateError
 from tests.conftest import Refusing
 from tests.schemas import valid
 
+HELP = [[], ["run"], ["collect"], ["select"], ["edit"], ["eval"], ["resist"], ["report"]]
+
 
 def call(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own, as `python -m abliterate`."""
@@ -34,33 +36,34 @@ def run_here(*args: str) -> int:
     return int(ended.value.code or 0)
 
 
-def help_in_a_clean_process(before: str, *verb: str) -> subprocess.CompletedProcess[str]:
-    """`--help` behind a line of Python, in a process that fails when something heavy is loaded."""
+def help_in_a_clean_process(before: str = "") -> subprocess.CompletedProcess[str]:
+    """`--help` of each verb, NUL behind it, behind a line of Python, in a process that fails at something heavy."""
     code = (
         f"{before}\nimport sys\nfrom abliterate.cli.main import main\n"
-        f"try: main({[*verb, '--help']!r})\nexcept SystemExit as e: assert not e.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        f"for verb in {HELP!r}:\n"
+        "    try: main([*verb, '--help'])\n"
+        "    except SystemExit as e: assert not e.code\n"
+        "    heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
+        "    assert not heavy, (verb, heavy)\n"
+        "    print(end='\\0')"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    env = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
 
 
-@pytest.mark.parametrize("verb", [[], ["run"], ["collect"], ["select"], ["edit"], ["eval"], ["resist"], ["report"]])
-def test_help_loads_neither_torch_nor_transformers(verb: list[str]) -> None:
-    done = help_in_a_clean_process("", *verb)
+def test_help_loads_nothing_heavy_shows_examples_and_every_line_fits_80_columns() -> None:
+    done = help_in_a_clean_process()
     assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout
+    *texts, behind = done.stdout.split("\0")
+    assert behind == ""
+    for verb, text in zip(HELP, texts, strict=True):
+        assert "Usage" in text
+        assert "abliterate" in text.split("Examples" if verb else "Example")[-1]
+        assert max(map(len, text.splitlines())) <= 80
 
 
 def test_help_behind_heavy_imports_is_noticed() -> None:
-    assert "AssertionError: {" in help_in_a_clean_process("import abliterate.pipeline").stderr
-
-
-def test_help_shows_examples_and_every_line_fits_80_columns() -> None:
-    for verb in ([], ["run"], ["collect"], ["select"], ["edit"], ["eval"], ["resist"], ["report"]):
-        text = call(*verb, "--help").stdout
-        assert "abliterate" in text.split("Examples" if verb else "Example")[-1]
-        assert max(map(len, text.splitlines())) <= 80
+    assert "AssertionError: ([], {" in help_in_a_clean_process("import abliterate.at_rest").stderr
 
 
 def test_version() -> None:
@@ -79,11 +82,14 @@ def test_model_and_output_options_without_a_verb_run_everything(refusing: Refusi
     assert done.stderr == ""
 
 
-def test_json_goes_to_standard_output_alone(refusing: Refusing, tmp_path: Path) -> None:
-    done = call("run", str(refusing.folder), "-o", str(tmp_path / "out"), *refusing.arguments, "--json")
-    record = valid(done.stdout, "run")
+def test_json_goes_to_standard_output_alone(
+    refusing: Refusing, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("run", str(refusing.folder), "-o", str(tmp_path / "out"), *refusing.arguments, "--json") == 0
+    said = capfd.readouterr()
+    record = valid(said.out, "run")
     assert record == json.loads((tmp_path / "out" / "abliteration" / "run.json").read_text())
-    assert record["given"]["layer"] == 2 and done.stderr == ""
+    assert record["given"]["layer"] == 2 and said.err == ""
 
 
 def test_the_verbs_one_by_one_give_the_bytes_of_run(
@@ -160,7 +166,7 @@ def test_mistakes_end_in_one_message_and_a_code_by_kind(
 
 
 def test_a_mistake_is_told_without_a_traceback(tmp_path: Path) -> None:
-    done = call("run", "no-such-folder", "-o", str(tmp_path / "out"))
+    done = call("undo", "no-such-folder", "-o", str(tmp_path / "out"))  # loads no torch
     assert done.returncode == 3 and done.stdout == ""
     assert done.stderr.startswith("error: no-such-folder") and len(done.stderr.splitlines()) == 1
 

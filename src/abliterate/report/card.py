@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from abliterate.report.figures import COLUMNS, counted, judged_by, rows, settled, strengths, unjudged
 from abliterate.report.record import RunRecord
@@ -105,12 +106,10 @@ def model_card(record: RunRecord, name: str) -> str:
     lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows(record.metrics)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) if record.metrics else ""
     worst = max((e["leak"] for e in record.edits), default=0.0)
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701
-    environment.filters["json"] = json.dumps  # JSON is YAML, whatever a name contains
     hub = record.hub_id
     base = f"[{record.model}](https://huggingface.co/{hub})" if hub else f"`{record.model}`"
     rate = record.metric("refusal_rate")
-    return environment.from_string(_CARD).render(
+    return _template().render(
         r=record, name=name, table=table, strengths=strengths(record), leak=worst, hub=hub, base=base,
         broken=counted(record.verdicts, "broken"), unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
         settled=settled(record.charts).capitalize(), adapter=record.resolved["format"] == "adapter",
@@ -119,3 +118,10 @@ def model_card(record: RunRecord, name: str) -> str:
         places=[f"layer {p['layer']}, position {p['position']}" for p in record.direction.get("parts", ())],
         carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},
     )  # fmt: skip
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701
+    environment.filters["json"] = json.dumps  # JSON is YAML, whatever a name contains
+    return environment.from_string(_CARD)

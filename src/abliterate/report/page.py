@@ -9,9 +9,10 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from abliterate.report import measured, panels
@@ -44,16 +45,20 @@ class Section:
 
 def page(record: RunRecord, name: str, *, unfinished: bool = False) -> str:
     """The page of one run, finished or not, called `name`."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
-    template = environment.from_string((_HERE / "page.html.j2").read_text(encoding="utf-8"))
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return template.render(
+    return _template().render(
         r=record, name=name, unfinished=unfinished, lead=lead(record), judge=judged_by(record.metrics),
         warnings=warnings(record), sections=sections(record, unfinished), environment=environment_of(record),
         prompts=prompt_rows(record), command=command(record.given), script=Markup(script), digest=digest,  # noqa: S704  our own file
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704
     )  # fmt: skip
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
+    return environment.from_string((_HERE / "page.html.j2").read_text(encoding="utf-8"))
 
 
 def lead(record: RunRecord) -> str:
