@@ -32,12 +32,15 @@ from abliterate.model.load import ChatModel, load_model, pick_device, pick_dtype
 from abliterate.model.memory import available, fits_whole, need, require_as_stored
 from abliterate.model.native import AnyModel, NativeModel
 from abliterate.model.progress import Steps, no_steps
+from abliterate.model.run import first_token_log_probs, kl_divergence
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_bytes
-from abliterate.prompts import Splits
+from abliterate.prompts import PromptSet, Splits
 from abliterate.roles import Sets, prompt_splits
 
 logger = logging.getLogger("abliterate")
+#: Prompts on which both engines must agree about a GGUF, and the KL, in nats, that is no rounding.
+_SHOWN, _FAR = 4, 0.5
 
 
 def asked_of(options: Options) -> dict[str, str]:
@@ -168,13 +171,28 @@ def observe(
 
 
 def check_runs(model: ChatModel, checkpoint: Checkpoint, prompts: Splits) -> None:
-    """Run one prompt, so that damaged weights show before anything is asked.
+    """Run one prompt, so that damaged weights show before anything is asked; a GGUF must do what it does in llama.cpp.
 
     Raises:
-        VerifyError: there is NaN or infinity; names the tensor.
+        VerifyError: there is NaN or infinity, naming the tensor, or transformers takes the file for another model.
     """
     with _naming_bad_weights(checkpoint):
         collect(model, prompts.train.head(1))
+    if checkpoint.format == "gguf":
+        _require_as_llama_cpp(model, checkpoint, prompts.train.head(_SHOWN))
+
+
+def _require_as_llama_cpp(model: ChatModel, checkpoint: Checkpoint, prompts: PromptSet) -> None:
+    rows = model.chat.encode(prompts.prompts)
+    engine = native.NativeModel(native.started(checkpoint.source), model.chat, [])
+    theirs, ours = (first_token_log_probs(m, rows, len(rows)).cpu() for m in (engine, model))
+    kl = kl_divergence(theirs, ours).mean().item()
+    if not kl < _FAR:
+        raise VerifyError(
+            f"{checkpoint.source}: transformers takes it for another model than llama.cpp does (KL of the first token "
+            f"{kl:.2f} nats; expected less than {_FAR}), so what is found in it would be wrong; find the direction on "
+            "its original safetensors checkpoint"
+        )
 
 
 def collect_both(

@@ -17,7 +17,7 @@ from abliterate import verbs
 from abliterate.activations.collect import collect
 from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.gguf_decode import decoded
-from abliterate.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
+from abliterate.errors import CheckpointError, ResourceError, UnsupportedError, UsageError, VerifyError
 from abliterate.evaluate.divergence import divergence
 from abliterate.evaluate.text import nll
 from abliterate.model.batches import batches
@@ -25,7 +25,10 @@ from abliterate.model.generate import generate
 from abliterate.model.load import ChatModel, load_model
 from abliterate.model.native import AnyModel, load_native
 from abliterate.model.run import after_each, forward
+from abliterate.options import Options
 from abliterate.prompts import PromptSet
+from abliterate.roles import prompt_splits
+from abliterate.steps import check_runs
 from tests.cli.test_main import run_here
 from tests.gguf_files import QWEN2, Type, chat_gguf, gguf, of_all_types, tiny_gguf
 
@@ -178,6 +181,13 @@ def test_collect_takes_a_gguf(made: Made, tiny: Tiny, tmp_path: Path) -> None:
     folder = replace(whole(tiny("llama", seed=0, **FOLDER)), chat=loaded.chat)  # it lacks the merge
     one, two, apart = (collect(model, prompts).mean for model in (loaded, folder, other))
     assert np.allclose(one, two, atol=1e-4) and not np.allclose(one, apart, atol=1)
+
+
+def test_transformers_must_take_a_gguf_for_what_llama_cpp_takes_it_for(made: Made) -> None:
+    loaded, prompts = whole(made()), prompt_splits(Options(limit=8))[0]
+    check_runs(loaded, open_checkpoint(made()), prompts)
+    with pytest.raises(VerifyError, match=r"model\.gguf: transformers takes it for another model.*safetensors"):
+        check_runs(loaded, open_checkpoint(made(seed=7)), prompts)
 
 
 def test_what_cannot_be_run_is_refused_with_the_way_out(made: Made, tiny: Tiny, tmp_path: Path) -> None:

@@ -123,6 +123,11 @@ def _rows(batch: Batch) -> list[list[int]]:
     return [before[i] + row for i, row in zip(batch.after, rows, strict=True)] if before else rows
 
 
+def started(path: Path) -> LlamaCpp:
+    """llama.cpp with a GGUF file, on as many threads as torch takes."""
+    return LlamaCpp(path, torch.get_num_threads())
+
+
 def load_native(
     path: Path, system_prompt: str | None = None, chat_template: Path | None = None, thinking: Thinking = "template"
 ) -> NativeModel:
@@ -133,7 +138,7 @@ def load_native(
         CheckpointError: llama.cpp cannot load the file; says why.
         UsageError: the template file cannot be read.
     """
-    engine = LlamaCpp(path, torch.get_num_threads())
+    engine = started(path)
     tokenizer = NativeTokenizer(engine)
     tokenizer.chat_template = the_template(path, tokenizer.chat_template, chat_template)
     return NativeModel(engine, ChatFormat(tokenizer, system_prompt, thinking), tokenizer.stop_ids)
