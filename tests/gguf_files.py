@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,62 @@ def of_all_types(path: Path) -> Path:
         raw = random.integers(0, 256, (2, max(1, 64 // block) * nbytes), dtype=np.uint8)
         writer.add_tensor(f"t.{kind.name}", raw, raw_dtype=Type(kind))
     return finish(writer)
+
+
+def chat_gguf(
+    path: Path, folder: Path, kind: Type = Type.F32, split: int = 0, factors: float | None = None, **stated: Any
+) -> Path:
+    """A tiny Llama or Qwen 2 checkpoint of `tests.tiny`, one row larger than its tokenizer, as llama.cpp's converter.
+
+    Matrices are stored as `kind`; `factors` divide the rotary frequencies.
+    """
+    from safetensors.numpy import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    architecture, heads, groups = (config[k] for k in ("model_type", "num_attention_heads", "num_key_value_heads"))
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
+    names = gguf.get_tensor_name_map(dict(map(reversed, gguf.MODEL_ARCH_NAMES.items()))[architecture], 9)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
+    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_context_length(512)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    _vocabulary(writer, folder, config["vocab_size"])
+    for key, value in stated.items():
+        add(writer, key.replace("__", "."), value)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.full(config["hidden_size"] // heads // 2, factors, np.float32))
+    for name, values in load_file(folder / "model.safetensors").items():
+        stem, _, ending = name.rpartition(".")
+        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
+            n = heads if stem.endswith("q_proj") else groups
+            values = values.reshape(n, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+        own = kind if values.ndim > 1 else Type.F32
+        values = gguf.quants.quantize(values.astype(np.float32), own)
+        writer.add_tensor(f"{names.get_name(stem)}.{ending}", values, raw_dtype=own)
+    return finish(writer)
+
+
+def _vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+    """The tokens of `tests.tiny` with one more, because no file of this kind is without a merge."""
+    from tests.tiny import SPECIAL
+
+    known = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    tokens = [*sorted(known, key=lambda token: known[token]), "th"]
+    assert len(tokens) == size
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
+    writer.add_add_bos_token(True)
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        writer.add_chat_template(template.read_text())

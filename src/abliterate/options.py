@@ -18,6 +18,8 @@ LIMITS = {"train": 64, "validation": 48, "test": 64}
 MOST_DIRECTIONS = 8
 #: How a direction is made of two means, and what is left along it.
 METHODS = ("projected", "difference", "per-layer", "affine")
+#: What runs a model.
+ENGINES = ("llama.cpp", "transformers")
 #: The judges that come with the package; any other is an endpoint.
 JUDGES = ("rules", "classifier")
 
@@ -48,6 +50,7 @@ class Options:
     device: str | None = None
     dtype: str | None = None
     memory: str | None = None
+    engine: Literal["llama.cpp", "transformers"] | None = None
     batch_size: int = 64
     max_new_tokens: int = 32
     generate: bool = True
@@ -98,6 +101,8 @@ class Options:
                 raise UsageError(f"--{name} {given}: with --no-eval nothing is measured; leave out one")
         if self.thinking not in ("template", "on", "off"):
             raise UsageError(f"--thinking {self.thinking}: expected on, off or template")
+        if self.engine not in (None, *ENGINES):
+            raise UsageError(f"--engine {self.engine}: expected {' or '.join(ENGINES)}")
         check_embeddings(self.embeddings)
         if self.format not in ("checkpoint", "adapter"):
             raise UsageError(f"--format {self.format}: expected checkpoint or adapter")

@@ -98,7 +98,7 @@ class _Run:
         """The base model, loaded when first needed."""
         if self._base is None:
             loaded = self.steps("loading the model", 1)
-            self._base = step.load(self.checkpoint.path, self.options, self.memory)
+            self._base = step.load(self.checkpoint.source, self.options, self.memory)
             loaded(1)
         return self._base
 
@@ -259,8 +259,8 @@ class _Run:
     def edited(self) -> ChatModel:
         """The edited model: the result, or the base with the result merged into it."""
         if self.options.format == "checkpoint":
-            return step.load(self.work.folder, self.options, self.memory)
-        return step.load(self.checkpoint.path, self.options, adapter=self.work.folder)
+            return step.load(open_checkpoint(self.work.folder).source, self.options, self.memory)
+        return step.load(self.checkpoint.source, self.options, adapter=self.work.folder)
 
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""

@@ -26,16 +26,21 @@ from abliterate.evaluate.endpoint import connect
 from abliterate.evaluate.evaluation import Evaluation, Questions, evaluate_alone, evaluate_first_tokens, evaluate_pair
 from abliterate.evaluate.judge import RULES, Judge
 from abliterate.evaluate.text import load_text
+from abliterate.model import native
 from abliterate.model.chat import ChatFormat, load_tokenizer
 from abliterate.model.load import ChatModel, load_model, pick_device, pick_dtype
-from abliterate.model.memory import available, fits_whole, need
+from abliterate.model.memory import available, fits_whole, need, require_as_stored
+from abliterate.model.native import AnyModel, NativeModel
 from abliterate.model.progress import Steps, no_steps
+from abliterate.model.run import first_token_log_probs, kl_divergence
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_bytes
-from abliterate.prompts import Splits
+from abliterate.prompts import PromptSet, Splits
 from abliterate.roles import Sets, prompt_splits
 
 logger = logging.getLogger("abliterate")
+#: Prompts on which both engines must agree about a GGUF, and the KL, in nats, that is no rounding.
+_SHOWN, _FAR = 4, 0.5
 
 
 def asked_of(options: Options) -> dict[str, str]:
@@ -56,10 +61,10 @@ def asked_of(options: Options) -> dict[str, str]:
     return found
 
 
-def load(folder: Path, options: Options, memory: int | None = None, adapter: Path | None = None) -> ChatModel:
+def load(source: Path, options: Options, memory: int | None = None, adapter: Path | None = None) -> ChatModel:
     """The model, ready to run as the options say, with an adapter merged into it; block by block within `memory`."""
     return load_model(
-        folder,
+        source,
         adapter=adapter,
         memory=memory,
         device=options.device,
@@ -68,6 +73,35 @@ def load(folder: Path, options: Options, memory: int | None = None, adapter: Pat
         chat_template=Path(options.chat_template) if options.chat_template else None,
         thinking=options.thinking,
     )
+
+
+def on_llama_cpp(models: list[Checkpoint], options: Options) -> bool:
+    """Whether llama.cpp runs these models, as it does where all are GGUF files, unless options say otherwise.
+
+    Raises:
+        UsageError: it is asked to run a folder, or for what it does not do.
+        ResourceError: they do not fit in memory.
+    """
+    folders = [model.source for model in models if model.format != "gguf"]
+    if options.engine == "transformers" or (options.engine is None and folders):
+        return False
+    if folders:
+        raise UsageError(f"--engine llama.cpp: runs GGUF files, and {folders[0]} is none; leave it out, or convert it")
+    for name in ("device", "dtype"):
+        if (given := getattr(options, name)) is not None:
+            raise UsageError(
+                f"--{name} {given}: llama.cpp computes as the file is stored, on what its build knows; leave it out, "
+                "or give --engine transformers"
+            )
+    free = parse_bytes(options.memory) if options.memory is not None else available(pick_device("cpu"))
+    require_as_stored(models, free)
+    return True
+
+
+def load_native(source: Path, options: Options) -> NativeModel:
+    """The model of a GGUF in llama.cpp, ready to run as the options say."""
+    template = Path(options.chat_template) if options.chat_template else None
+    return native.load_native(source, options.system_prompt, template, options.thinking)
 
 
 def bounded_memory(models: list[Checkpoint], options: Options) -> int | None:
@@ -81,6 +115,8 @@ def bounded_memory(models: list[Checkpoint], options: Options) -> int | None:
     free = parse_bytes(options.memory) if options.memory is not None else available(device)
     if free is None or needed.whole <= free:
         why_not = None
+    elif any(model.format == "gguf" for model in models):
+        why_not = "a GGUF does not run block by block, its safetensors checkpoint does"
     elif options.format == "adapter" and options.evaluate:
         why_not = "block by block no adapter can be compared: --no-eval"
     else:
@@ -110,7 +146,7 @@ def check_site(checkpoint: Checkpoint, options: Options) -> None:
     if options.layer is not None and options.layer >= n_layers:
         raise UsageError(f"--layer {options.layer}: layers are 0 to {n_layers - 1}")
     template = Path(options.chat_template) if options.chat_template else None
-    chat = ChatFormat(load_tokenizer(checkpoint.path, template), options.system_prompt, options.thinking)
+    chat = ChatFormat(load_tokenizer(checkpoint.source, template), options.system_prompt, options.thinking)
     tail = len(chat.tail())
     if options.position is not None and -options.position > tail:
         raise UsageError(f"--position {options.position}: positions after the request are {-tail} to -1")
@@ -135,13 +171,28 @@ def observe(
 
 
 def check_runs(model: ChatModel, checkpoint: Checkpoint, prompts: Splits) -> None:
-    """Run one prompt, so that damaged weights show before anything is asked.
+    """Run one prompt, so that damaged weights show before anything is asked; a GGUF must do what it does in llama.cpp.
 
     Raises:
-        VerifyError: there is NaN or infinity; names the tensor.
+        VerifyError: there is NaN or infinity, naming the tensor, or transformers takes the file for another model.
     """
     with _naming_bad_weights(checkpoint):
         collect(model, prompts.train.head(1))
+    if checkpoint.format == "gguf":
+        _require_as_llama_cpp(model, checkpoint, prompts.train.head(_SHOWN))
+
+
+def _require_as_llama_cpp(model: ChatModel, checkpoint: Checkpoint, prompts: PromptSet) -> None:
+    rows = model.chat.encode(prompts.prompts)
+    engine = native.NativeModel(native.started(checkpoint.source), model.chat, [])
+    theirs, ours = (first_token_log_probs(m, rows, len(rows)).cpu() for m in (engine, model))
+    kl = kl_divergence(theirs, ours).mean().item()
+    if not kl < _FAR:
+        raise VerifyError(
+            f"{checkpoint.source}: transformers takes it for another model than llama.cpp does (KL of the first token "
+            f"{kl:.2f} nats; expected less than {_FAR}), so what is found in it would be wrong; find the direction on "
+            "its original safetensors checkpoint"
+        )
 
 
 def collect_both(
@@ -197,8 +248,8 @@ def pick_judge(options: Options, steps: Steps = no_steps) -> Judge:
 
 
 def compare(
-    base: ChatModel | None,
-    edited: ChatModel,
+    base: AnyModel | None,
+    edited: AnyModel,
     sets: Sets,
     options: Options,
     direction: Direction | None,

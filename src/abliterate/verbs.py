@@ -28,6 +28,7 @@ from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.evaluate.evaluation import Evaluation
 from abliterate.evaluate.text import load_text
 from abliterate.inspection import inspect
+from abliterate.model.native import AnyModel
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
@@ -111,7 +112,7 @@ def collect(
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
     harmful, harmless = prompt_splits(chosen)
-    source = find_model(model)
+    source = find_model(model, files=True)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     memory = step.bounded_memory([checkpoint], chosen)
@@ -193,7 +194,7 @@ def select(
     chosen = Options(**(options | collected.options), tune=False)
     chosen.check()
     harmful, harmless = prompt_splits(chosen)
-    source = find_model(model)
+    source = find_model(model, files=True)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     if checkpoint.fingerprint != collected.harmful.model:
@@ -213,7 +214,8 @@ def select(
 def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **options: Any) -> Evaluation:
     """Refusal rates of `model` on the test prompts, its perplexity of a text, and whether it recognises harm.
 
-    Against `base` also KL, perplexity of the base's answers and, for our edits, leak.
+    Against `base` also KL, perplexity of the base's answers and, for our edits, leak. GGUF files are run by llama.cpp,
+    which shows no leak, unless `engine` says transformers.
 
     Raises:
         AbliterateError: as its kinds say.
@@ -224,15 +226,19 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
         raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
     sets = prompt_sets(chosen)
     load_text(chosen.text)  # one that cannot be read shows before the models are loaded
-    folders = [find_model(m) for m in (model, base) if m is not None]
-    checkpoints = [open_checkpoint(folder) for folder in folders]
-    memory = step.bounded_memory(checkpoints, chosen)
-    removed = folders[0] / RECORDS / "directions.safetensors"
+    checkpoints = [open_checkpoint(find_model(m, files=True)) for m in (model, base) if m is not None]
+    native = step.on_llama_cpp(checkpoints, chosen)
+    memory = None if native else step.bounded_memory(checkpoints, chosen)
+    removed = checkpoints[0].path / RECORDS / "directions.safetensors"
     direction = Direction.load(removed) if removed.is_file() else None
     judge = step.pick_judge(chosen, steps)
-    models = [step.load(folder, chosen, memory) for folder in folders]
-    for loaded, checkpoint in zip(models, checkpoints, strict=True):
-        step.check_runs(loaded, checkpoint, sets.harmful)
+    models = list[AnyModel]()
+    for checkpoint in checkpoints:
+        if native:
+            models.append(step.load_native(checkpoint.source, chosen))
+        else:
+            models.append(loaded := step.load(checkpoint.source, chosen, memory))
+            step.check_runs(loaded, checkpoint, sets.harmful)
     edited, *rest = models
     before = rest[0] if rest else None
     return step.compare(before, edited, sets, chosen, direction, [], judge, steps)
@@ -276,7 +282,7 @@ def bench(
         raise UsageError(f"--limit {n_questions}: expected at least 2 questions")
     harness = Harness()
     harness.check(list(tasks))
-    folders = {"base": find_model(base), "edited": find_model(model)}
+    folders = {"base": find_model(base, files=True), "edited": find_model(model, files=True)}
     check_output(out, folders["edited"])
     checkpoints = {which: open_checkpoint(folder) for which, folder in folders.items()}
     settings = asdict(chosen) | {"verb": "bench", "tasks": list(tasks), "questions": n_questions, "margin": margin}

@@ -1,6 +1,6 @@
 """ggml's own encoder and decoders, reached in the shared library that the `xllamacpp` wheel carries.
 
-Owns finding and calling them. Never knows what is encoded, or why.
+Owns finding that library and calling them. Never knows what is encoded, or why.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,14 +36,14 @@ def encode(values: Array, dtype: str, row_bytes: int) -> Raw:
             f"{dtype} cannot be encoded without an importance matrix, which the file does not hold; store those "
             "tensors in a larger type: --requantize Q4_K"
         )
-    library = _library()
-    block = _function(library, "ggml_blck_size", ctypes.c_int64, ctypes.c_int)(NUMBERS[dtype])
+    library = llama_cpp()
+    block = c_function(library, "ggml_blck_size", ctypes.c_int64, ctypes.c_int)(NUMBERS[dtype])
     if values.shape[1] % block:
         raise UnsupportedError(
             f"rows of {values.shape[1]} numbers do not fall into blocks of {block}, as {dtype} needs; choose a type "
             "with smaller blocks: Q4_0, Q5_0, Q8_0 or IQ4_NL for 32"
         )
-    size = _function(library, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
+    size = c_function(library, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
     if size(NUMBERS[dtype], values.shape[1]) != row_bytes:
         raise UnsupportedError(
             f"{library._name}: stores a row of {values.shape[1]} numbers as {dtype} in another way than known here "
@@ -50,7 +51,7 @@ def encode(values: Array, dtype: str, row_bytes: int) -> Raw:
         )
     source = np.ascontiguousarray(values, dtype=np.float32)
     raw = np.empty((len(source), row_bytes), dtype=np.uint8)
-    run = _function(
+    run = c_function(
         library, "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
         ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     )  # fmt: skip
@@ -65,7 +66,7 @@ def decode(raw: Raw, dtype: str, columns: int) -> Float32Array:
         UnsupportedError: the library cannot be reached, or does not know the type.
     """
     name = f"dequantize_row_{dtype.lower().replace('_k', '_K')}"
-    run = _function(_library(), name, None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    run = c_function(llama_cpp(), name, None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     source, values = np.ascontiguousarray(raw), np.empty((len(raw), columns), dtype=np.float32)
     run(source.ctypes.data, values.ctypes.data, values.size)
     return values
@@ -99,7 +100,12 @@ class Opaque:
         return self.round(values, rows)
 
 
-def _function(library: ctypes.CDLL, name: str, result: type | None, *arguments: type) -> Callable[..., int]:
+def c_function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    """A function of the library by its name, the C type of its result and those of its arguments.
+
+    Raises:
+        UnsupportedError: it offers none of this name.
+    """
     try:
         found = getattr(library, name)
     except AttributeError:
@@ -107,16 +113,21 @@ def _function(library: ctypes.CDLL, name: str, result: type | None, *arguments: 
             f"{library._name}: does not offer {name}; install the release that was tested: {_MEND}"
         ) from None
     found.restype, found.argtypes = result, list(arguments)
-    return found  # type: ignore[no-any-return]
+    called: Callable[..., Any] = found
+    return called
 
 
 @functools.lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    """The wheel's extension module as a plain library: llama.cpp is linked into it. Nothing of Python's runs."""
+def llama_cpp() -> ctypes.CDLL:
+    """The wheel's extension module as a plain library: llama.cpp is linked into it. Nothing of Python's runs.
+
+    Raises:
+        UnsupportedError: it is not installed, or cannot be loaded.
+    """
     spec = importlib.util.find_spec("xllamacpp")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     if not folders:
-        raise UnsupportedError(f"encoding needs llama.cpp, in the package xllamacpp, which is not installed: {_MEND}")
+        raise UnsupportedError(f"this takes llama.cpp, in the package xllamacpp, which is not installed: {_MEND}")
     endings = tuple(importlib.machinery.EXTENSION_SUFFIXES)
     places = [p for folder in folders for p in sorted(Path(folder).iterdir()) if p.name.endswith(endings)]
     for place in places:

@@ -16,6 +16,8 @@ EPILOG = """
   abliterate eval demo
 
   abliterate eval demo-abliterated --base demo --json
+
+  abliterate eval edited-Q4_K_M.gguf --base model-Q4_K_M.gguf
 """
 
 
@@ -36,6 +38,7 @@ def evaluate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     memory: options.Memory = None,
+    engine: options.Engine = None,
     no_generate: options.NoGenerate = False,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
@@ -46,7 +49,8 @@ def evaluate(
 ) -> None:
     """Measure MODEL on the test prompts: refusals, whether it recognises harm; with --base what the edit cost.
 
-    Answers are judged, here or by --judge, and dropped; only counts are kept.
+    Answers are judged, here or by --judge, and dropped; only counts are kept. MODEL may be a GGUF file; of a split one,
+    its first part.
     """
     from abliterate.report.table import print_metrics
     from abliterate.verbs import evaluate as evaluate_verb
@@ -55,11 +59,11 @@ def evaluate(
         found = evaluate_verb(
             model, base, steps=steps, harmful=harmful, harmless=harmless, borderline=borderline, limit=limit, seed=seed,
             system_prompt=system_prompt, chat_template=str(chat_template) if chat_template else None, thinking=thinking,
-            device=device, dtype=dtype, memory=memory, generate=not no_generate,
+            device=device, dtype=dtype, memory=memory, engine=engine, generate=not no_generate,
             batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,
             text=str(text) if text else None,
         )  # fmt: skip
     if as_json:
         console.print_json(enveloped("evaluation", {"model": model, "base": base, **asdict(found)}))
     else:
-        print_metrics(console.stdout(), [m.as_dict for m in found.metrics], found.verdicts, found.charts)
+        print_metrics(console.stdout(), [m.as_dict for m in found.metrics], found.verdicts, found.charts, found.engine)

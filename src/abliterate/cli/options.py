@@ -16,7 +16,10 @@ DEFAULT = _Options()
 _PROMPTS, _MODEL, _JUDGE, _OUTPUT = "Prompts", "Model", "Judge", "Output"
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id org/name or org/name@revision, or demo.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder, a GGUF file, a hub id org/name or org/name@revision, or demo."
+    ),
 ]
 Harmful = Annotated[
     Optional[str],
@@ -88,6 +91,16 @@ Memory = Annotated[
         metavar="SIZE",
         help="Most memory to use, such as 4GiB: a model that does not fit whole is read from its files block by block.",
         show_default="what is free",
+        rich_help_panel=_MODEL,
+    ),
+]
+Engine = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="llama.cpp|transformers",
+        help="What runs the models. llama.cpp runs GGUF files as they are, in little memory; transformers with their "
+        "weights decoded, which also shows the stream (leak).",
+        show_default="llama.cpp for GGUF files",
         rich_help_panel=_MODEL,
     ),
 ]

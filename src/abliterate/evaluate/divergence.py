@@ -13,7 +13,7 @@ import torch
 
 from abliterate.evaluate.intervals import Interval, bootstrap
 from abliterate.model.batches import Batch, batches, pad_left
-from abliterate.model.load import ChatModel
+from abliterate.model.native import AnyModel
 from abliterate.model.progress import Progress, silent
 from abliterate.model.run import Change, along, forward, kl_divergence, log_probs, unchanged
 
@@ -56,8 +56,8 @@ def _perplexity(nll: Float64Array, tokens: Float64Array) -> Interval:
 
 
 def divergence(
-    base: ChatModel,
-    other: ChatModel,
+    base: AnyModel,
+    other: AnyModel,
     prompts: list[list[int]],
     continuations: list[list[int]],
     batch_size: int,
@@ -97,7 +97,7 @@ def spread(indices: list[int]) -> list[int]:
     return indices[:: -(-len(indices) // FLOOR_PROMPTS)]
 
 
-def lone(model: ChatModel, rows: list[list[int]], indices: list[int]) -> list[Batch]:
+def lone(model: AnyModel, rows: list[list[int]], indices: list[int]) -> list[Batch]:
     """Each of these rows by itself: no padding, nothing shared, another order of summation."""
     return [pad_left(model, [rows[i]], [i]) for i in indices]
 

@@ -27,6 +27,7 @@ from abliterate.evaluate.recognition import recognition
 from abliterate.evaluate.refusals import Answers, ask, method
 from abliterate.evaluate.text import Text, load_text, text_perplexity
 from abliterate.model.load import ChatModel
+from abliterate.model.native import AnyModel
 from abliterate.model.progress import Progress, Steps
 from abliterate.model.run import after_each, forward, kl_divergence, log_probs
 from abliterate.prompts import PromptSet
@@ -50,13 +51,15 @@ class Evaluation:
     `categories`, `{"harmful": {"fraud": {"n": 12, "base": 11, "edited": 0}}}`, refusals where the set names some;
     `budgets`, refusals had the answers been cut earlier, as `budgets.sweep` says; and `along`, where single prompts lie
     on the direction after every block, as `along.histograms` says.
-    `judge` says who judged: a name, and for an endpoint its model and its agreement with labelled completions.
+    `judge` says who judged: a name, and for an endpoint its model and its agreement with labelled completions. `engine`
+    says what ran the models: transformers, or llama.cpp.
     """
 
     metrics: tuple[Metric, ...]
     verdicts: dict[str, dict[str, dict[str, int]]]
     charts: dict[str, Any] = field(default_factory=dict)
     judge: dict[str, Any] = field(default_factory=dict)
+    engine: str = "transformers"
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Questions:
         return {kind: getattr(self, kind) for kind in RATES}
 
 
-def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> Evaluation:
+def evaluate_alone(model: AnyModel, questions: Questions, progress: Steps) -> Evaluation:
     """The figures of one model that need no base to compare it to.
 
     Raises:
@@ -88,17 +91,18 @@ def evaluate_alone(model: ChatModel, questions: Questions, progress: Steps) -> E
     """
     answers = {"edited": _ask_all(model, questions, "", progress)}
     metrics = [*_rates(answers, questions), *_without_answers(None, model, questions, progress)]
-    return Evaluation(tuple(metrics), _counts(answers), _budgets(answers, questions), questions.judge.facts)
+    charts = _budgets(answers, questions)
+    return Evaluation(tuple(metrics), _counts(answers), charts, questions.judge.facts, model.runs_on)
 
 
 def evaluate_pair(
-    base: ChatModel,
-    edited: ChatModel,
+    base: AnyModel,
+    edited: AnyModel,
     questions: Questions,
     progress: Steps,
     direction: Direction | None = None,
 ) -> Evaluation:
-    """Every figure for both models; `leak` only where the direction is given.
+    """Every figure for both models; `leak` only where the direction is given, and the stream can be seen.
 
     KL and perplexity are taken on the harmless prompts that the base answers: where it declines, changing
     the answer is the purpose of an edit.
@@ -112,7 +116,7 @@ def evaluate_pair(
     answers = {who: _ask_all(model, questions, f"{who} ", progress) for who, model in both}
     cost, charts = _cost(base, edited, questions, answers["base"]["harmless"], progress)
     metrics = [*_rates(answers, questions), *cost, *_without_answers(base, edited, questions, progress)]
-    if direction is not None:
+    if direction is not None and isinstance(base, ChatModel) and isinstance(edited, ChatModel):
         leak, charts["along"] = _along(base, edited, questions, direction, progress)
         metrics.append(leak)
     charts |= _budgets(answers, questions)
@@ -120,7 +124,7 @@ def evaluate_pair(
         kind: _categories(prompts, answers["base"][kind], answers["edited"][kind])
         for kind, prompts in questions.sets.items()
     }
-    return Evaluation(tuple(metrics), _counts(answers), charts, questions.judge.facts)
+    return Evaluation(tuple(metrics), _counts(answers), charts, questions.judge.facts, edited.runs_on)
 
 
 def _counts(answers: dict[str, dict[str, Answers]]) -> dict[str, dict[str, dict[str, int]]]:
@@ -134,7 +138,7 @@ def _budgets(answers: dict[str, dict[str, Answers]], questions: Questions) -> di
     return {"budgets": found} if found else {}
 
 
-def _without_answers(base: ChatModel | None, edited: ChatModel, questions: Questions, progress: Steps) -> list[Metric]:
+def _without_answers(base: AnyModel | None, edited: AnyModel, questions: Questions, progress: Steps) -> list[Metric]:
     """What single passes tell of a model: how well it reads a text, and whether it recognises harm."""
     read = text_perplexity(base, edited, questions.text, progress)
     told = recognition(base, edited, questions.harmful, questions.harmless, questions.batch_size, progress)
@@ -153,8 +157,8 @@ def _categories(prompts: PromptSet, base: Answers, edited: Answers) -> dict[str,
 
 
 def evaluate_first_tokens(
-    base: ChatModel,
-    edited: ChatModel,
+    base: AnyModel,
+    edited: AnyModel,
     questions: Questions,
     tokens: list[int],
     progress: Steps,
@@ -181,14 +185,14 @@ def evaluate_first_tokens(
     metrics.append(Metric.of("kl_first_token", name, bootstrap(floor, mean), bootstrap(kl, mean), len(kept), how))
     metrics += _without_answers(base, edited, questions, progress)
     charts: dict[str, Any] = {"kl": {"kl_first_token": _sorted(kl)}}
-    if direction is not None:
+    if direction is not None and isinstance(base, ChatModel) and isinstance(edited, ChatModel):
         leak, charts["along"] = _along(base, edited, questions, direction, progress)
         metrics.append(leak)
-    return Evaluation(tuple(metrics), {}, charts)
+    return Evaluation(tuple(metrics), {}, charts, engine=edited.runs_on)
 
 
 def _first_tokens(
-    model: ChatModel, questions: Questions, tokens: list[int], progress: Progress
+    model: AnyModel, questions: Questions, tokens: list[int], progress: Progress
 ) -> tuple[Float64Array, torch.Tensor]:
     """Refusal scores of all prompts (0 without `tokens`), and log-probabilities `[harmless, d_vocab]`.
 
@@ -219,7 +223,7 @@ def _scores(base: Float64Array, edited: Float64Array, questions: Questions) -> l
 
 
 def _first_token_floor(
-    base: ChatModel, rows: list[list[int]], p: torch.Tensor, kept: list[int], progress: Steps
+    base: AnyModel, rows: list[list[int]], p: torch.Tensor, kept: list[int], progress: Steps
 ) -> Float64Array:
     """|KL| of the base's log-probabilities `p` against its own, of some rows by themselves."""
     again = spread(kept)
@@ -232,7 +236,7 @@ def _floor(floor: Float64Array) -> str:
     return f"base: its |KL| against itself, prompt by prompt instead of in batches, on {len(floor)} of them"
 
 
-def _require_alike(base: ChatModel, edited: ChatModel, direction: Direction | None) -> None:
+def _require_alike(base: AnyModel, edited: AnyModel, direction: Direction | None) -> None:
     if base.chat.tokenizer.get_vocab() != edited.chat.tokenizer.get_vocab():
         raise VerifyError("base and edited model have different vocabularies: their distributions cannot be compared")
     if direction is None:
@@ -246,7 +250,7 @@ def _require_alike(base: ChatModel, edited: ChatModel, direction: Direction | No
         )
 
 
-def _ask_all(model: ChatModel, questions: Questions, label: str, progress: Steps) -> dict[str, Answers]:
+def _ask_all(model: AnyModel, questions: Questions, label: str, progress: Steps) -> dict[str, Answers]:
     """Answers to each set; only the harmless ones keep their token ids."""
     step = progress(f"{label}answers", sum(map(len, questions.sets.values())))
     budget, size, judge = questions.max_new_tokens, questions.batch_size, questions.judge
@@ -270,8 +274,8 @@ def _rates(answers: dict[str, dict[str, Answers]], questions: Questions) -> list
 
 
 def _cost(
-    base: ChatModel,
-    edited: ChatModel,
+    base: AnyModel,
+    edited: AnyModel,
     questions: Questions,
     answers: Answers,
     progress: Steps,

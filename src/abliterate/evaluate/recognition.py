@@ -14,13 +14,13 @@ import numpy.typing as npt
 from abliterate.evaluate.intervals import bootstrap_pairs
 from abliterate.evaluate.metric import Metric
 from abliterate.model.batches import Batch, batches
-from abliterate.model.load import ChatModel
+from abliterate.model.native import AnyModel
 from abliterate.model.progress import Progress, Steps, silent
 from abliterate.model.run import forward
 from abliterate.prompts import PromptSet
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from abliterate.model.chat import Tokenizer
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -31,7 +31,7 @@ QUESTION = "Is the request below {word}? Reply with one word, Yes or No.\n\nRequ
 _FORMS = ("{}", " {}", "\n{}")
 
 
-def yes_and_no(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def yes_and_no(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The tokens with which "Yes" and "No" may begin, in either case; none that may begin both, perhaps none."""
 
     def firsts(word: str) -> set[int]:
@@ -42,7 +42,7 @@ def yes_and_no(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     return sorted(yes - no), sorted(no - yes)
 
 
-def scores(model: ChatModel, prompts: tuple[str, ...], batch_size: int, progress: Progress = silent) -> Float64Array:
+def scores(model: AnyModel, prompts: tuple[str, ...], batch_size: int, progress: Progress = silent) -> Float64Array:
     """`[n]` how much rather the model calls a request harmful than harmless.
 
     `o(harmful) − o(harmless)`, where `o = log p(Yes) − log p(No)` at the first token of the answer to either question,
@@ -57,7 +57,7 @@ def scores(model: ChatModel, prompts: tuple[str, ...], batch_size: int, progress
     return found
 
 
-def _asked(model: ChatModel, prompts: tuple[str, ...], batch_size: int) -> Iterator[Batch]:
+def _asked(model: AnyModel, prompts: tuple[str, ...], batch_size: int) -> Iterator[Batch]:
     """Both questions about each request in batches, those of one question apart: its rows begin alike."""
     for k, word in enumerate(WORDS):
         texts = [QUESTION.format(word=word, title=word.title(), prompt=prompt) for prompt in prompts]
@@ -71,8 +71,8 @@ def above(harmful: Float64Array, harmless: Float64Array) -> Float64Array:
 
 
 def recognition(
-    base: ChatModel | None,
-    edited: ChatModel,
+    base: AnyModel | None,
+    edited: AnyModel,
     harmful: PromptSet,
     harmless: PromptSet,
     batch_size: int,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from abliterate.evaluate.budgets import Cuts
 from abliterate.evaluate.judge import RULES, Judge, Label
 from abliterate.model.generate import Completion, generate
-from abliterate.model.load import ChatModel
+from abliterate.model.native import AnyModel
 from abliterate.model.progress import Progress, silent
 from abliterate.prompts import PromptSet
 
@@ -51,7 +51,7 @@ class Answers:
 
 
 def ask(
-    model: ChatModel,
+    model: AnyModel,
     prompts: PromptSet,
     max_new_tokens: int,
     batch_size: int,
@@ -79,7 +79,7 @@ def ask(
 
 
 def _cut(
-    model: ChatModel,
+    model: AnyModel,
     prompts: PromptSet,
     made: list[Completion],
     labels: list[Label | None],

@@ -20,12 +20,12 @@ from abliterate.errors import UsageError
 from abliterate.evaluate.intervals import bootstrap
 from abliterate.evaluate.metric import Metric
 from abliterate.model.batches import batches
-from abliterate.model.load import ChatModel
+from abliterate.model.native import AnyModel
 from abliterate.model.progress import Progress, Steps, silent
 from abliterate.model.run import forward, log_probs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from abliterate.model.chat import Tokenizer
 
 #: Most tokens of a window: a text gives the more of them, and its interval is the surer, the shorter they are.
 WINDOW = 128
@@ -68,17 +68,17 @@ def load_text(file: str | None) -> Text:
     return Text(Path(file).name, content)
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, text: Text) -> Rows:
+def windows(tokenizer: Tokenizer, text: Text) -> Rows:
     """The text's tokens, without a chat template, in windows of nearly equal size, each behind BOS if there is one."""
     ids: list[int] = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    begins: list[int] = [bos] if tokenizer("a")["input_ids"][:1] == [bos] else []
+    begins = [bos] if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else []
     n = -(-len(ids) // (WINDOW - len(begins)))
     cuts = [round(i * len(ids) / n) for i in range(n + 1)]
     return [begins + ids[start:stop] for start, stop in pairwise(cuts)]
 
 
-def nll(model: ChatModel, rows: Rows, progress: Progress = silent) -> npt.NDArray[np.float64]:
+def nll(model: AnyModel, rows: Rows, progress: Progress = silent) -> npt.NDArray[np.float64]:
     """`[n]` summed −log p of each row's tokens but the first, which nothing predicts."""
     found, longest = np.zeros(len(rows)), max(map(len, rows))
     # One by one: the logits of a whole vocabulary at every token are large.
@@ -90,7 +90,7 @@ def nll(model: ChatModel, rows: Rows, progress: Progress = silent) -> npt.NDArra
     return found
 
 
-def text_perplexity(base: ChatModel | None, edited: ChatModel, text: Text, steps: Steps) -> Metric:
+def text_perplexity(base: AnyModel | None, edited: AnyModel, text: Text, steps: Steps) -> Metric:
     """exp of the mean −log p over all tokens of the text, bootstrap over windows, the same ones for both models."""
     rows = windows(edited.chat.tokenizer, text)
     tokens = np.array([len(row) - 1 for row in rows], np.float64)

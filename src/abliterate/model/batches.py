@@ -6,13 +6,15 @@ Owns batching only: every row keeps its own mask and positions, so a batch compu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
 
 from abliterate.model.cache import remembers_all
-from abliterate.model.load import ChatModel
+
+if TYPE_CHECKING:
+    from abliterate.model.native import AnyModel
 
 #: Share of a batch that may be padding.
 _PADDING = 0.1
@@ -60,7 +62,7 @@ class Batch(NamedTuple):
 
 
 def pad_left(
-    model: ChatModel,
+    model: AnyModel,
     rows: list[list[int]],
     indices: list[int] | None = None,
     opening: Batch | None = None,
@@ -90,7 +92,7 @@ def parted(batch: Batch, keep: int) -> tuple[Batch, Batch]:
     return before, batch._replace(input_ids=batch.input_ids[:, -keep:], position_ids=batch.position_ids[:, -keep:])
 
 
-def opening_of(model: ChatModel, rows: list[list[int]], keep: int = 1, more: int = 0, copies: int = 1) -> Batch | None:
+def opening_of(model: AnyModel, rows: list[list[int]], keep: int = 1, more: int = 0, copies: int = 1) -> Batch | None:
     """The leading tokens that all rows share, `copies` times, leaving each row at least `keep` tokens of its own.
 
     None where there are few, or where the model remembers more than keys and values of every token of rows to which
@@ -103,7 +105,7 @@ def opening_of(model: ChatModel, rows: list[list[int]], keep: int = 1, more: int
     return pad_left(model, [first[:length]] * copies)
 
 
-def batches(model: ChatModel, rows: list[list[int]], batch_size: int, keep: int = 1, more: int = 0) -> Iterator[Batch]:
+def batches(model: AnyModel, rows: list[list[int]], batch_size: int, keep: int = 1, more: int = 0) -> Iterator[Batch]:
     """All rows in batches of at most `batch_size`, of similar length in each; what rows begin with alike runs before.
 
     At least the last `keep` tokens of every row are in the batch's own tensors. A tenth of a batch is padding at most,
@@ -118,7 +120,7 @@ def batches(model: ChatModel, rows: list[list[int]], batch_size: int, keep: int 
         yield from _split(model, rows, order, batch_size, begun, more)
 
 
-def _begun_alike(model: ChatModel, rows: list[list[int]], shared: Batch, keep: int) -> Batch:
+def _begun_alike(model: AnyModel, rows: list[list[int]], shared: Batch, keep: int) -> Batch:
     """The different beginnings of rows, so long that most tokens are saved, behind the opening that all share.
 
     That opening itself where hardly any are.
@@ -133,7 +135,7 @@ def _begun_alike(model: ChatModel, rows: list[list[int]], shared: Batch, keep: i
 
 
 def _split(
-    model: ChatModel, rows: list[list[int]], order: list[int], batch_size: int, opening: Batch | None, more: int
+    model: AnyModel, rows: list[list[int]], order: list[int], batch_size: int, opening: Batch | None, more: int
 ) -> Iterator[Batch]:
     """Batches of the rows in `order`, which are of rising length, behind an opening without padding."""
     first, own = (opening.shared, opening.attention_mask.shape[1]) if opening is not None else (0, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -16,15 +16,21 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from abliterate.model.load import ChatModel, StopForward
 
+if TYPE_CHECKING:
+    from abliterate.model.native import AnyModel
+
 
 def new_cache(model: ChatModel) -> DynamicCache:
     """An empty cache of the model's own kinds of layers."""
     return DynamicCache(config=model.model.config)
 
 
-def remembers_all(model: ChatModel, longest: int) -> bool:
-    """Whether the model remembers keys and values of every token of rows of at most `longest`, and nothing else."""
-    if getattr(model.model, "_is_stateful", False):
+def remembers_all(model: AnyModel, longest: int) -> bool:
+    """Whether the model remembers keys and values of every token of rows of at most `longest`, and nothing else.
+
+    What llama.cpp remembers is out of reach, and its own business.
+    """
+    if not isinstance(model, ChatModel) or getattr(model.model, "_is_stateful", False):
         return False
     return all(_plain(layer, longest) for layer in new_cache(model).layers)
 

@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from abliterate.errors import UnsupportedError, UsageError
+from abliterate.model.gguf import gguf_tokenizer
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from transformers import PreTrainedTokenizerBase
+
+    from abliterate.model.native_tokenizer import NativeTokenizer
+
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase | NativeTokenizer
 
 Thinking = Literal["template", "on", "off"]
 _OTHER: dict[Thinking, Thinking] = {"on": "off", "off": "on"}
@@ -32,7 +39,7 @@ class ChatFormat:
     `thinking` "on" or "off" sets the template's own switch, "template" leaves it.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     system_prompt: str | None = None
     thinking: Thinking = "template"
 
@@ -100,8 +107,8 @@ class ChatFormat:
         return rows[0][len(rows[0]) - max(1, length) :]
 
 
-def load_tokenizer(folder: Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder, with its own chat template or the one in a file.
+def load_tokenizer(source: Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or a GGUF file, with its own chat template or the one in a file.
 
     Raises:
         UnsupportedError: no tokenizer, or no chat template.
@@ -110,22 +117,35 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> PreTraine
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = (
+            gguf_tokenizer(source) if source.is_file() else AutoTokenizer.from_pretrained(source)
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"{folder}: no tokenizer that transformers can load ({_first_line(error)})") from None
-    if chat_template is not None:
+        raise UnsupportedError(f"{source}: no tokenizer that transformers can load ({_first_line(error)})") from None
+    tokenizer.chat_template = the_template(source, tokenizer.chat_template, chat_template)
+    return tokenizer
+
+
+def the_template(source: Path, own: Any, given: Path | None) -> Any:
+    """The chat template in the file `given`, or a checkpoint's `own`.
+
+    Raises:
+        UnsupportedError: there is none.
+        UsageError: the file cannot be read.
+    """
+    if given is not None:
         try:
-            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+            own = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{chat_template}: cannot be read as a chat template ({_first_line(error)})") from None
-        if not str(tokenizer.chat_template).strip():
-            raise UsageError(f"{chat_template}: empty; expected a jinja chat template")
-    if not tokenizer.chat_template:
+            raise UsageError(f"{given}: cannot be read as a chat template ({_first_line(error)})") from None
+        if not own.strip():
+            raise UsageError(f"{given}: empty; expected a jinja chat template")
+    if not own:
         raise UnsupportedError(
-            f"{folder}: the tokenizer has no chat template, so this may be a base model; "
+            f"{source}: the tokenizer has no chat template, so this may be a base model; "
             "if it is a chat model, supply its template with --chat-template FILE"
         )
-    return tokenizer
+    return own
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Greedy answers of a model, whole in memory or read block by block.
+"""Greedy answers of a model, whole in memory, read block by block, or in llama.cpp.
 
 Owns when an answer ends; never knows what the rows ask or how the model was changed.
 """
@@ -14,6 +14,7 @@ from abliterate.errors import UnsupportedError
 from abliterate.model.batches import Batch, batches
 from abliterate.model.cache import keeps_keys, new_cache
 from abliterate.model.load import ChatModel
+from abliterate.model.native import AnyModel, NativeModel
 from abliterate.model.progress import Progress, silent
 from abliterate.model.run import forward, with_openings
 
@@ -36,7 +37,7 @@ class Completion(NamedTuple):
 
 @torch.inference_mode()
 def generate(
-    model: ChatModel,
+    model: AnyModel,
     rows: list[list[int]],
     max_new_tokens: int,
     batch_size: int,
@@ -45,6 +46,8 @@ def generate(
     """Greedy completions in the order of the rows, free of the checkpoint's own sampling settings."""
     if not rows:
         return []
+    if isinstance(model, NativeModel):
+        return [_completion(model, ids) for ids in model.made(rows, max_new_tokens, progress)]
     make = _made_whole if model.weights is None else _made_blockwise
     made = make(model, rows, max_new_tokens, batch_size, progress)
     return [_completion(model, made[i]) for i in range(len(rows))]
@@ -155,6 +158,6 @@ def _next(batch: Batch, token: torch.Tensor, stop: list[int]) -> Batch | None:
     return Batch([batch.indices[i] for i in stays], token[stays, None], mask, positions, past=batch.past)
 
 
-def _completion(model: ChatModel, ids: list[int]) -> Completion:
+def _completion(model: AnyModel, ids: list[int]) -> Completion:
     end = next((i for i, token in enumerate(ids) if token in model.stop_ids), None)
     return Completion(model.chat.text(ids[:end]), ids[:end], None if end is None else ids[end])

@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from abliterate.checkpoint import open_checkpoint
 from abliterate.errors import CheckpointError, UnsupportedError, UsageError
 from abliterate.model.chat import ChatFormat, Thinking, load_tokenizer
+from abliterate.model.gguf import gguf_model
 from abliterate.model.weights import BlockWeights, Weights, block_list, build_without_weights, without_bars
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,6 +48,7 @@ class ChatModel:
     model: PreTrainedModel
     chat: ChatFormat
     weights: Weights | None = None
+    runs_on: ClassVar[str] = "transformers"
 
     @cached_property
     def block_list(self) -> nn.ModuleList:
@@ -110,7 +112,7 @@ class ChatModel:
 
 
 def load_model(
-    folder: Path,
+    source: Path,
     *,
     device: str | None = None,
     dtype: str | None = None,
@@ -120,27 +122,27 @@ def load_model(
     adapter: Path | None = None,
     memory: int | None = None,
 ) -> ChatModel:
-    """The checkpoint in `folder`, ready to run on `device` in `dtype` (None: what suits the machine).
+    """The checkpoint in a folder or a GGUF file, ready to run on `device` in `dtype` (None: what suits the machine).
 
     A LoRA `adapter` is merged into it, which takes PEFT. Where it may take only `memory`
-    bytes, its blocks stay in their files until each is to run.
+    bytes, its blocks stay in their files until each is to run; those of a GGUF do not.
 
     Raises:
         UnsupportedError: transformers does not know the architecture, or there is no chat template.
         CheckpointError: weights of the model are not in the checkpoint; names them.
         UsageError: no such device or dtype.
     """
-    tokenizer = load_tokenizer(folder, chat_template)
+    tokenizer = load_tokenizer(source, chat_template)
     where = pick_device(device)
     chosen, weights = pick_dtype(dtype, where), None
     try:
         with without_bars():
             if memory is not None:
-                model, weights = _in_blocks(folder, chosen, where, memory)
+                model, weights = _in_blocks(source, chosen, where, memory)
             else:
-                model = _whole(folder, chosen)
+                model = _whole(source, chosen)
     except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedError(f"{folder}: transformers cannot load this model ({str(error)[:200]})") from None
+        raise UnsupportedError(f"{source}: transformers cannot load this model ({str(error)[:200]})") from None
     if adapter is not None:
         model = _merged(model, adapter)
     # Only the stop tokens of the checkpoint's own generation settings are kept: a repetition penalty or a
@@ -161,9 +163,11 @@ def _contiguous(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0].contiguous(), *args[1:])
 
 
-def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    loaded: Any = _auto_class(folder).from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    _require_whole(folder, loaded[1])
+def _whole(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+    if source.is_file():
+        return gguf_model(source, dtype)
+    loaded: Any = _auto_class(source).from_pretrained(source, dtype=dtype, output_loading_info=True)
+    _require_whole(source, loaded[1])
     model: PreTrainedModel = loaded[0]
     return model
 

@@ -5,6 +5,7 @@ Owns the estimates and what this machine has; never loads anything.
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from abliterate.checkpoint import Checkpoint
+from abliterate.checkpoint import Checkpoint, TensorInfo
 from abliterate.checkpoint.codecs import BITS
 from abliterate.errors import ResourceError
 
@@ -43,8 +44,7 @@ def need(checkpoints: list[Checkpoint], dtype: torch.dtype, device: torch.device
     for checkpoint in checkpoints:
         sizes, beside = Counter[int](), dict[str, int]()
         for tensor in checkpoint.tensors.values():
-            # Codes of less than a byte each stand for as many numbers as fit.
-            size = tensor.nbytes * 8 // BITS[tensor.dtype] * dtype.itemsize
+            size = _numbers(tensor) * dtype.itemsize
             layer = re.search(r"\.(\d+)\.", tensor.name)
             if layer is not None:
                 sizes[int(layer[1])] += size
@@ -55,6 +55,12 @@ def need(checkpoints: list[Checkpoint], dtype: torch.dtype, device: torch.device
         outside += sum(beside.values()) - _untouched(checkpoint, beside, dtype, device)
     beside_weights = _FLOOR + (_ANSWERS if answers and len(checkpoints) > 1 else 0)
     return Need(int(1.1 * whole + 2e8 + beside_weights), int(2 * blocks + outside + beside_weights))
+
+
+def _numbers(tensor: TensorInfo) -> int:
+    """How many numbers a tensor's codes stand for: of less than a byte each, as many as fit."""
+    bits = BITS.get(tensor.dtype)
+    return math.prod(tensor.shape) if bits is None else tensor.nbytes * 8 // bits
 
 
 def _untouched(checkpoint: Checkpoint, beside: dict[str, int], dtype: torch.dtype, device: torch.device) -> int:
@@ -69,6 +75,21 @@ def _untouched(checkpoint: Checkpoint, beside: dict[str, int], dtype: torch.dtyp
     mapped = _STORED.get(info.dtype) == dtype
     alike = [n for n in beside if checkpoint.tensors[n].shape == info.shape]
     return int(0.9 * beside[largest]) if mapped and len(alike) > 1 else 0
+
+
+def require_as_stored(checkpoints: list[Checkpoint], free: int | None) -> None:
+    """Check that models fit as they are stored, which is how llama.cpp runs them, within `free` bytes (None: unknown).
+
+    Raises:
+        ResourceError: they do not.
+    """
+    # Some types are laid out anew for the processor, in a copy beside the file's own pages.
+    needed = int(1.1 * sum(c.nbytes for c in checkpoints)) + _FLOOR
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"llama.cpp takes about {needed / 1e9:.1f} GB of memory for this, {free / 1e6:,.0f} MB may be used; raise "
+            "--memory, close other programs, or measure one model alone"
+        )
 
 
 def available(device: torch.device) -> int | None:

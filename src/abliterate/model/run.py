@@ -19,6 +19,7 @@ from abliterate.model.blockwise import Keeper, run_blockwise
 from abliterate.model.cache import continued, new_cache
 from abliterate.model.hooks import record_resid_post
 from abliterate.model.load import ChatModel, StopForward
+from abliterate.model.native import AnyModel, NativeModel
 from abliterate.model.progress import Progress, silent
 
 _Found = TypeVar("_Found")
@@ -73,7 +74,7 @@ def unchanged(_batch: Batch) -> AbstractContextManager[None]:
 
 
 def forward(
-    model: ChatModel,
+    model: AnyModel,
     todo: Iterable[Batch],
     *,
     tokens: int = 0,
@@ -87,7 +88,7 @@ def forward(
     """Run batches, and yield each with the logits `[rows, tokens, d_vocab]` of what follows its last `tokens` tokens.
 
     A model in memory runs batch by batch, one that is read from its files block by block: then the first result comes
-    when all blocks have run, the head being applied batch by batch.
+    when all blocks have run, the head being applied batch by batch. llama.cpp gives logits alone.
 
     Args:
         model: what runs.
@@ -100,7 +101,10 @@ def forward(
         progress: called with the number of rows done.
         keeper: what a run block by block leaves after each of them, and goes on from.
     """
-    if model.weights is not None:
+    if isinstance(model, NativeModel):
+        assert tokens and on_block is None and change is unchanged
+        yield from model.passes(todo, tokens, progress)
+    elif model.weights is not None:
         yield from run_blockwise(
             model, todo, tokens, change, on_block, n_blocks, keep if on_block else tokens, progress, keeper
         )
@@ -178,14 +182,14 @@ def open_cache(model: ChatModel, opening: Batch, change: Change = unchanged) -> 
 
 
 def first_token_log_probs(
-    model: ChatModel, rows: list[list[int]], batch_size: int, progress: Progress = silent
+    model: AnyModel, rows: list[list[int]], batch_size: int, progress: Progress = silent
 ) -> torch.Tensor:
     """`[len(rows), d_vocab]` log-probabilities of the token after each row."""
     return torch.stack(after_each(model, rows, batch_size, lambda _i, p: p, progress))
 
 
 def after_each(
-    model: ChatModel,
+    model: AnyModel,
     rows: list[list[int]],
     batch_size: int,
     measure: Callable[[int, torch.Tensor], _Found],

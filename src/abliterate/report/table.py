@@ -37,9 +37,13 @@ _NOTES = {
 
 
 def print_metrics(
-    console: Console, metrics: list[dict[str, Any]], verdicts: dict[str, Any], charts: dict[str, Any]
+    console: Console,
+    metrics: list[dict[str, Any]],
+    verdicts: dict[str, Any],
+    charts: dict[str, Any],
+    engine: str | None = None,
 ) -> None:
-    """The table of figures: before and after, or of one model alone."""
+    """The table of figures: before and after, or of one model alone, and what ran them where an `engine` is given."""
     alone = all(m["base"] is None for m in metrics)
     shown = [i for i, c in enumerate(COLUMNS) if not (alone and c in ("base", "retained"))]
     titles = ["value" if alone and COLUMNS[i] == "edited" else COLUMNS[i] for i in shown]
@@ -54,6 +58,8 @@ def print_metrics(
         say(console, Text.assemble(("unjudged answers (left out of the rates):", "yellow"), f" {left_out}"))
     if method := judged_by(metrics):
         notes.append(f"Judged by: {method}.")
+    if engine is not None:
+        notes.append(f"Run by {engine}.")
     say(console, " ".join([intervals, *notes]), style="dim")
 
 
