@@ -36,23 +36,23 @@ def encode(values: Array, dtype: str, row_bytes: int) -> Raw:
             f"{dtype} cannot be encoded without an importance matrix, which the file does not hold; store those "
             "tensors in a larger type: --requantize Q4_K"
         )
-    library = llama_cpp()
-    block = c_function(library, "ggml_blck_size", ctypes.c_int64, ctypes.c_int)(NUMBERS[dtype])
+    llama = llama_cpp()
+    block = c_function(llama, "ggml_blck_size", ctypes.c_int64, ctypes.c_int)(NUMBERS[dtype])
     if values.shape[1] % block:
         raise UnsupportedError(
             f"rows of {values.shape[1]} numbers do not fall into blocks of {block}, as {dtype} needs; choose a type "
             "with smaller blocks: Q4_0, Q5_0, Q8_0 or IQ4_NL for 32"
         )
-    size = c_function(library, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
+    size = c_function(llama, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
     if size(NUMBERS[dtype], values.shape[1]) != row_bytes:
         raise UnsupportedError(
-            f"{library._name}: stores a row of {values.shape[1]} numbers as {dtype} in another way than known here "
+            f"{llama._name}: stores a row of {values.shape[1]} numbers as {dtype} in another way than known here "
             f"({row_bytes} bytes); install the release that was tested: {_MEND}"
         )
     source = np.ascontiguousarray(values, dtype=np.float32)
     raw = np.empty((len(source), row_bytes), dtype=np.uint8)
     run = c_function(
-        library, "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+        llama, "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
         ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     )  # fmt: skip
     run(NUMBERS[dtype], source.ctypes.data, raw.ctypes.data, 0, *source.shape, None)
