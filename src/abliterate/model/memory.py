@@ -84,7 +84,7 @@ def require_as_stored(checkpoints: list[Checkpoint], free: int | None) -> None:
         ResourceError: they do not.
     """
     # Some types are laid out anew for the processor, in a copy beside the file's own pages.
-    needed = int(1.1 * sum(c.nbytes for c in checkpoints)) + _FLOOR
+    needed = int(1.1 * sum(c.nbytes for c in checkpoints)) + _FLOOR + (_ANSWERS if len(checkpoints) > 1 else 0)
     if free is not None and needed > free:
         raise ResourceError(
             f"llama.cpp takes about {needed / 1e9:.1f} GB of memory for this, {free / 1e6:,.0f} MB may be used; raise "
