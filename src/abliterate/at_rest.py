@@ -41,22 +41,17 @@ _BESIDE = 0.05
 _HEAD = 1 << 16
 
 
-def find_model(model: str, *, files: bool = False) -> Path:
-    """The folder of MODEL: a folder, a hub id, or `demo`; with `files` a GGUF file too.
+def find_model(model: str) -> Path:
+    """The folder or GGUF file of MODEL: a folder, a file, a hub id, or `demo`.
 
     Raises:
-        UnsupportedError: a GGUF file, and only a folder will do.
+        CheckpointError: there is no such model here.
     """
     if model == "demo":
         from abliterate.demo.build import demo_folder
 
         return demo_folder()
-    found = resolve_model(model)
-    if found.is_file() and not files:
-        raise UnsupportedError(
-            f"{model}: GGUF files can be edited and compared, not run yet; give the model's safetensors checkpoint"
-        )
-    return found
+    return resolve_model(model)
 
 
 def edit(
@@ -81,7 +76,7 @@ def edit(
     chosen.check()
     found = load_given(Path(direction), chosen.layer)
     _require_place_for_offset(found, direction, chosen)
-    source = find_model(model, files=True)
+    source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     files = result_files(out, checkpoint, chosen.format)
@@ -237,7 +232,7 @@ def undo(edited: str, output: str | Path, *, steps: Steps = no_steps) -> Restore
     Raises:
         AbliterateError: as its kinds say; VerifyError where the edited weights were changed since.
     """
-    source, out = find_model(edited, files=True), Path(output).expanduser()
+    source, out = find_model(edited), Path(output).expanduser()
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     names = result_files(out, checkpoint)
@@ -326,7 +321,7 @@ def compare(
         if Path(save).suffix != ".safetensors":
             raise UsageError(f"{save}: directions are written as safetensors; give it a name that ends in .safetensors")
         writable(Path(save))
-    before, after = (open_checkpoint(find_model(model, files=True)) for model in (base, other))
+    before, after = (open_checkpoint(find_model(model)) for model in (base, other))
     found = compare_checkpoints(before, after, given, steps)
     if save is not None:
         if not found.directions.size:

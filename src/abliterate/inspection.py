@@ -49,7 +49,7 @@ def inspect(model: str, *, embeddings: str = "edit", undo: bool = True, requanti
         AbliterateError: as its kinds say; UnsupportedError where an edit would be refused, with the reason.
     """
     check_embeddings(embeddings)
-    checkpoint = open_checkpoint(find_model(model, files=True))
+    checkpoint = open_checkpoint(find_model(model))
     plan = plan_edit(checkpoint, cast(Embeddings, embeddings), requantize=requantize)
     groups: dict[tuple[Any, ...], list[TensorInfo]] = {}
     for w in plan.writers:

@@ -5,6 +5,7 @@ Owns the order and what makes a finished step; computes nothing itself.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 from abliterate import find
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, write_edited
+from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, result_files, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
 from abliterate.contrast import Contrast, Held, depth
 from abliterate.direction.direction import Direction
@@ -26,6 +27,7 @@ from abliterate.evaluate.judge import Judge
 from abliterate.evaluate.text import load_text
 from abliterate.model.load import ChatModel, pick_device, pick_dtype
 from abliterate.model.memory import peak_memory
+from abliterate.model.native import AnyModel
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options
@@ -52,19 +54,20 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
-    plan = plan_edit(checkpoint, chosen.embeddings)
+    files = result_files(out, checkpoint, chosen.format)
+    plan = plan_edit(checkpoint, chosen.embeddings, requantize=chosen.requantize)
     step.check_site(checkpoint, chosen)
-    require_room(out, checkpoint)
+    require_room(out, checkpoint, plan)
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     judge = step.pick_judge(chosen, steps)
     settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _fitted(sets, chosen)}
     settings["asked"] = step.asked_of(chosen)
     # Going on after "there is no refusal", without the comparison or with another one is a resume like any other.
-    for name in ("force", "evaluate", "memory", "judge", "judge_model", "text", "target_refusals"):
+    for name in ("force", "evaluate", "memory", "engine", "judge", "judge_model", "text", "target_refusals"):
         del settings[name]
     if chosen.keep is None:
         del settings["borderline"]
-    with Workspace(out, source, settings, resume) as work:
+    with Workspace(out, source, settings, resume, files) as work:
         this = _Run(model, checkpoint, plan, sets, chosen, work, judge, steps, memory)
         given = {"model": model, "output": str(output), "resume": resume, **options}
         try:
@@ -251,16 +254,22 @@ class _Run:
         )
         if resumed and self.options.format == "checkpoint":
             try:
-                check_edited(self.work.folder, edits)
+                check_edited(self.work.result, edits)
             except AbliterateError as error:
                 raise self.work.damaged(str(error)) from None
         return edits
 
-    def edited(self) -> ChatModel:
-        """The edited model: the result, or the base with the result merged into it."""
-        if self.options.format == "checkpoint":
-            return step.load(open_checkpoint(self.work.folder).source, self.options, self.memory)
-        return step.load(self.checkpoint.source, self.options, adapter=self.work.folder)
+    def compared(self) -> tuple[AnyModel, AnyModel]:
+        """Base and edited model, as they are measured: GGUF files in llama.cpp, unless options name another engine."""
+        if self.options.format == "adapter":
+            return self.base, step.load(self.checkpoint.source, self.options, adapter=self.work.folder)
+        both = self.checkpoint, open_checkpoint(self.work.result)
+        # Device and dtype are those the direction is found with.
+        if step.on_llama_cpp([*both], dataclasses.replace(self.options, device=None, dtype=None)):
+            self._base = None  # as numbers it takes several times the memory of the file
+            first, second = (step.load_native(model.source, self.options) for model in both)
+            return first, second
+        return self.base, step.load(both[1].source, self.options, self.memory)
 
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
@@ -270,16 +279,17 @@ class _Run:
                 "verdicts": {},
                 "charts": {},
                 "judge": {},
+                "engine": None,
                 "borderline": described(self.sets.borderline),
             }
 
         def compute() -> dict[str, Any]:
-            edited = self.edited()
-            found = step.compare(self.base, edited, self.sets, self.options, direction, tokens, self.judge, self.steps)
+            base, edited = self.compared()
+            found = step.compare(base, edited, self.sets, self.options, direction, tokens, self.judge, self.steps)
             return asdict(found) | {"borderline": described(self.sets.borderline)}
 
         found: dict[str, Any] = self.step("evaluate", compute)
-        if "borderline" not in found:
+        if not {"borderline", "engine"} <= found.keys():
             raise self.work.damaged("evaluate.json")
         return found
 
@@ -298,6 +308,7 @@ class _Run:
         resolved = asdict(self.options) | {
             "device": str(device),
             "dtype": str(pick_dtype(self.options.dtype, device)).removeprefix("torch."),
+            "engine": evaluation["engine"],
             "n_layers": self.checkpoint.n_layers,
         }
         return RunRecord(
@@ -312,6 +323,7 @@ class _Run:
             kept=self.plan.kept,
             untouched=self.plan.untouched,
             tied_head=self.plan.tied_head,
+            retyped=dict(self.plan.retyped),
             metrics=list(evaluation["metrics"]),
             verdicts=evaluation["verdicts"],
             judge=evaluation["judge"],
@@ -322,7 +334,7 @@ class _Run:
             front=tuned,
             controls=controls,
             charts=choice["charts"] | evaluation["charts"],
-            base_card=base_card(self.checkpoint.path),
+            base_card=base_card(self.checkpoint.source),
         )
 
 

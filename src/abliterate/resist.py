@@ -51,7 +51,7 @@ def resist(model: str, *, directions: int = max(COUNTS), steps: Steps = no_steps
     chosen = Options(directions=directions, **options)
     chosen.check()
     harmful, harmless = prompt_splits(chosen)
-    source = find_model(model, files=True)
+    source = find_model(model)
     checkpoint = open_checkpoint(source)
     plan = plan_edit(checkpoint, chosen.embeddings)
     step.check_site(checkpoint, chosen)

@@ -19,7 +19,6 @@ from abliterate.at_rest import compare, edit, find_model, undo
 from abliterate.benchmark.bench import MARGIN, Benchmarks, benchmarks, score_both
 from abliterate.benchmark.harness import BUILT_IN, Harness
 from abliterate.checkpoint import open_checkpoint
-from abliterate.checkpoint.naming import RECORDS
 from abliterate.contrast import Contrast
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
@@ -113,7 +112,7 @@ def collect(
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
     harmful, harmless = prompt_splits(chosen)
-    source = find_model(model, files=True)
+    source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     memory = step.bounded_memory([checkpoint], chosen)
@@ -195,7 +194,7 @@ def select(
     chosen = Options(**(options | collected.options), tune=False)
     chosen.check()
     harmful, harmless = prompt_splits(chosen)
-    source = find_model(model, files=True)
+    source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
     if checkpoint.fingerprint != collected.harmful.model:
@@ -227,10 +226,10 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
         raise UsageError("--no-generate: what the first tokens tell of one model needs its base; give --base")
     sets = prompt_sets(chosen)
     load_text(chosen.text)  # one that cannot be read shows before the models are loaded
-    checkpoints = [open_checkpoint(find_model(m, files=True)) for m in (model, base) if m is not None]
+    checkpoints = [open_checkpoint(find_model(m)) for m in (model, base) if m is not None]
     native = step.on_llama_cpp(checkpoints, chosen)
     memory = None if native else step.bounded_memory(checkpoints, chosen)
-    removed = checkpoints[0].path / RECORDS / "directions.safetensors"
+    removed = checkpoints[0].path / checkpoints[0].records / "directions.safetensors"
     direction = Direction.load(removed) if removed.is_file() else None
     judge = step.pick_judge(chosen, steps)
     models = list[AnyModel]()
@@ -283,7 +282,7 @@ def bench(
         raise UsageError(f"--limit {n_questions}: expected at least 2 questions")
     harness = Harness()
     harness.check(list(tasks))
-    folders = {"base": find_model(base, files=True), "edited": find_model(model, files=True)}
+    folders = {"base": find_model(base), "edited": find_model(model)}
     check_output(out, folders["edited"])
     checkpoints = {which: open_checkpoint(folder) for which, folder in folders.items()}
     settings = asdict(chosen) | {"verb": "bench", "tasks": list(tasks), "questions": n_questions, "margin": margin}

@@ -19,15 +19,21 @@ EPILOG = """
   abliterate run ./my-model -o out --harmful refused.txt --harmless answered.txt --json
 
   abliterate run ./my-model -o declines-more --strength -0.5
+
+  abliterate run ./model-Q4_K_M.gguf -o edited.gguf
 """
 
 
 def run(
     model: Annotated[
         Optional[str],
-        typer.Argument(help="A Hugging Face folder, a hub id org/name or org/name@revision, or demo.", metavar="MODEL"),
+        typer.Argument(
+            help="A Hugging Face folder, a GGUF file, a hub id org/name or org/name@revision, or demo.", metavar="MODEL"
+        ),
     ] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to create.", metavar="OUT")] = None,
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Folder to create, or GGUF.", metavar="OUT")
+    ] = None,
     model_option: Annotated[Optional[str], typer.Option("--model", hidden=True)] = None,
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
@@ -50,9 +56,11 @@ def run(
     keep_norms: options.KeepNorms = False,
     output_format: options.Format = "checkpoint",
     no_undo: options.NoUndo = False,
+    requantize: options.Requantize = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     memory: options.Memory = None,
+    engine: options.Engine = None,
     no_generate: options.NoGenerate = False,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
@@ -66,13 +74,14 @@ def run(
 ) -> None:
     """Find the refusal direction of MODEL, project it out, save OUT, and measure what changed.
 
-    OUT is a complete checkpoint in the format MODEL came in; the record is OUT/abliteration/run.json.
+    OUT is a complete checkpoint in the format MODEL came in; the record is OUT/abliteration/run.json (of out.gguf it is
+    out.abliteration/run.json).
     It appears only when everything is done: an interrupted run leaves OUT.partial, and --resume goes on.
     """
     if (model is None) == (model_option is None):
         raise typer.BadParameter("give one MODEL (or --model MODEL)")
     if output is None:
-        raise typer.BadParameter("give the folder to create with -o OUT (or --output OUT)")
+        raise typer.BadParameter("give the folder (or GGUF) to create with -o OUT (or --output OUT)")
     from abliterate.pipeline import run as run_pipeline
     from abliterate.report.table import print_run
 
@@ -86,7 +95,7 @@ def run(
             layer=layer, position=position, method=method, directions=directions,
             strength=strength, max_kl=max_kl, keep=keep, tune=tune, target_refusals=target_refusals,
             embeddings=embeddings, keep_norms=keep_norms, format=output_format, undo=not no_undo,
-            device=device, dtype=dtype, memory=memory, generate=not no_generate,
+            requantize=requantize, device=device, dtype=dtype, memory=memory, engine=engine, generate=not no_generate,
             batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,
             text=str(text) if text else None,
             evaluate=not no_eval, force=force,

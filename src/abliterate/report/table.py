@@ -103,7 +103,7 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
     if record.tied_head is not None:
         say(console, Text.assemble(("LM head", "bold"), f" {record.tied_head}"))
     if record.metrics:
-        print_metrics(console, record.metrics, record.verdicts, record.charts)
+        print_metrics(console, record.metrics, record.verdicts, record.charts, record.resolved.get("engine"))
     if record.missed:
         say(console, Text("refusals of harmful prompts did not rise", "yellow"))
     if weak := no_better(record.controls):
