@@ -13,7 +13,9 @@ from pathlib import Path
 from generated import write_or_check
 
 TARGET = Path(__file__).parent.parent / "docs" / "commands.md"
-VERBS = ("", "run", "collect", "select", "edit", "inspect", "undo", "compare", "eval", "bench", "resist", "report")
+VERBS = (
+    "", "run", "collect", "select", "edit", "inspect", "undo", "compare", "eval", "bench", "resist", "report", "export",
+)  # fmt: skip
 INTRO = """# Commands
 
 What `--help` says, at 80 columns. Written by `scripts/command_reference.py`; do not edit.

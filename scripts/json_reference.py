@@ -21,7 +21,7 @@ TARGET = ROOT / "docs" / "json.md"
 #: In the order in which a person meets them.
 KINDS = (
     "run", "activations", "observed", "direction", "evaluation", "inspection", "restored", "comparison", "benchmarks",
-    "resistance", "page", "card",
+    "resistance", "page", "card", "exported",
 )  # fmt: skip
 INTRO = """# JSON
 

@@ -25,7 +25,7 @@ ODD = {"surprise": {"at": [{}]}}
 #: Of one kind each but `edit`, a run, and `alone`, an evaluation; `tests/benchmark` has benchmarks.
 PRINTED = (
     "run", "edit", "activations", "direction", "evaluation", "alone", "inspection", "restored", "comparison", "page",
-    "card", "resistance",
+    "card", "resistance", "exported",
 )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def printed(
         "restored": ["undo", out, "-o", str(root / "base")],
         "comparison": ["compare", model, out, "--direction", f"{out}/abliteration/directions.safetensors"],
         "page": ["report", out],
+        "exported": ["export", out, "-o", str(root / "vector.gguf")],
         "card": ["report", out, "--md", "-o", str(root / "card.md")],
     }
     texts = {"run": (finished[1] / "abliteration" / "run.json").read_text(encoding="utf-8")}

@@ -18,6 +18,7 @@ from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpo
 from abliterate.checkpoint.stream import require_disk, tensor_sha256
 from abliterate.compare.compare import Comparison, compare_checkpoints
 from abliterate.direction.direction import Direction
+from abliterate.direction.given import load_given
 from abliterate.edit.adapter import write_adapter
 from abliterate.edit.apply import apply_edit
 from abliterate.edit.estimate import estimate
@@ -67,15 +68,16 @@ def edit(
 ) -> RunRecord:
     """Steps 3 and 4: project the directions in a file out of `model`, into the new folder `output`. Runs no model.
 
-    Takes a file that `select` wrote, or a `.npy` of shape `[d_model]` or `[k, d_model]`. An edit that was killed
-    leaves `output.partial`, which `resume=True` takes up at the first unfinished file.
+    Takes a file that `select` wrote, a `.npy` of shape `[d_model]` or `[k, d_model]`, or a control vector in a `.gguf`;
+    `layer` takes one layer's of directions by layer. An edit that was killed leaves `output.partial`, which
+    `resume=True` takes up at the first unfinished file.
 
     Raises:
         AbliterateError: as its kinds say.
     """
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
-    found = Direction.load(Path(direction))
+    found = load_given(Path(direction), chosen.layer)
     _require_place_for_offset(found, direction, chosen)
     source = find_model(model)
     check_output(out, source)
@@ -343,7 +345,7 @@ def compare(
     Raises:
         AbliterateError: as its kinds say; VerifyError where there is no direction to save.
     """
-    given = Direction.load(Path(direction)).vector if direction is not None else None
+    given = load_given(Path(direction)).vector if direction is not None else None
     if save is not None:
         if Path(save).exists():
             raise UsageError(f"{save}: exists already; choose another name")

@@ -27,6 +27,7 @@ from abliterate.envelope import enveloped, json_text
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.evaluate.evaluation import Evaluation
 from abliterate.evaluate.text import load_text
+from abliterate.export import export
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part
@@ -36,8 +37,8 @@ from abliterate.roles import prompt_sets, prompt_splits
 from abliterate.workspace import Workspace, check_output, writable
 
 __all__ = [
-    "Collected", "bench", "collect", "compare", "edit", "evaluate", "inspect", "merge", "report", "resist", "select",
-    "undo",
+    "Collected", "bench", "collect", "compare", "edit", "evaluate", "export", "inspect", "merge", "report", "resist",
+    "select", "undo",
 ]  # fmt: skip
 
 SCHEMA = 2

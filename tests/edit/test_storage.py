@@ -24,6 +24,7 @@ from abliterate.checkpoint import open_checkpoint
 from abliterate.checkpoint.codecs import Codec, Mxfp4, Plain, Scaled
 from abliterate.checkpoint.matrix import Matrix
 from abliterate.direction.direction import Direction
+from abliterate.direction.given import load_given
 from abliterate.edit.apply import apply_edit
 from abliterate.edit.plan import Embeddings, plan_edit
 from abliterate.edit.projection import Removal, orthonormal, project_columns, project_rows
@@ -299,7 +300,7 @@ def test_an_untied_head_reads_as_before_while_the_stream_loses_the_direction(
 def test_directions_of_a_person_s_own_are_made_orthonormal(tmp_path: Path) -> None:
     given = directions(3, 16)
     np.save(tmp_path / "d.npy", given)
-    found = Direction.load(tmp_path / "d.npy")
+    found = load_given(tmp_path / "d.npy")
     assert np.allclose(found.vector @ found.vector.T, np.eye(3), atol=1e-5)
     inside = given @ found.vector.T @ found.vector
     assert np.allclose(inside, given, atol=1e-4)
@@ -311,7 +312,7 @@ def test_directions_of_a_person_s_own_are_made_orthonormal(tmp_path: Path) -> No
     ):  # fmt: skip
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(CheckpointError, match=words):
-            Direction.load(tmp_path / "bad.npy")
+            load_given(tmp_path / "bad.npy")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

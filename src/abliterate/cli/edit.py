@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -26,10 +26,16 @@ def edit(
             "--direction",
             "-d",
             metavar="FILE",
-            help="A file that select or compare wrote, or a .npy of shape d or k × d.",
+            help="A file that select or compare wrote, a .npy of shape d or k × d, or a control vector in a .gguf.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.", metavar="OUT")],
+    layer: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Of directions by layer take that of this one (from 0) out of all.", show_default="each layer's own"
+        ),
+    ] = None,
     strength: options.Strength = 1.0,
     embeddings: options.Embeddings = "edit",
     keep_norms: options.KeepNorms = False,
@@ -47,7 +53,7 @@ def edit(
 
     with console.progress_bars("interrupted; --resume goes on with it") as steps:
         record = edit_verb(
-            model, direction, output, resume=resume, steps=steps, strength=strength, embeddings=embeddings,
+            model, direction, output, resume=resume, steps=steps, layer=layer, strength=strength, embeddings=embeddings,
             keep_norms=keep_norms, format=output_format, undo=not no_undo,
         )  # fmt: skip
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from abliterate.cli import bench, collect, compare, edit, evaluate, inspect, report, resist, run, select, undo
+from abliterate.cli import bench, collect, compare, edit, evaluate, export, inspect, report, resist, run, select, undo
 from abliterate.cli.console import INTERRUPTED, tell
 from abliterate.errors import AbliterateError
 
@@ -30,6 +30,7 @@ app.command("eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=resist.EPILOG)(resist.resist)
 app.command(epilog=report.EPILOG)(report.report)
+app.command(epilog=export.EPILOG)(export.export)
 
 
 def _version(wanted: bool) -> None:

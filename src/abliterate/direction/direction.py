@@ -78,13 +78,11 @@ class Direction:
 
     @classmethod
     def load(cls, path: Path) -> Direction:
-        """Read what `save` wrote, or the vectors `[d_model]` or `[k, d_model]` in a `.npy` file.
+        """Read what `save` wrote.
 
         Raises:
             CheckpointError: no such file, not a direction of this schema, or not unit vectors.
         """
-        if path.suffix == ".npy":
-            return _from_npy(path)
         arrays, note = load_arrays(path, KIND)
         known = {f.name for f in fields(cls)} - {"vector", "layers"}
         if arrays.keys() - {"layers"} != {"direction"} or _LATER | note.keys() != known:
@@ -106,33 +104,6 @@ class Direction:
                     f"[n_layers, {vector.shape[-1]}]"
                 )
         return cls(vector, layers=layers, **note)
-
-
-def _from_npy(path: Path) -> Direction:
-    """Vectors of a person's own, made orthonormal; their span is what they say.
-
-    Raises:
-        CheckpointError: no such file, or not vectors of full rank.
-    """
-    try:
-        given = np.lib.format.open_memmap(path, mode="r")  # a header that claims more than the file holds is refused
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a NumPy array ({error})") from None
-    if given.ndim not in (1, 2) or given.dtype.kind not in "fiu" or not given.size or not np.isfinite(given).all():
-        raise CheckpointError(
-            f"{path}: holds {given.dtype} of shape {list(given.shape)}; expected finite numbers, [d_model] or "
-            "[k, d_model]"
-        )
-    wide = np.atleast_2d(given).astype(np.float64)
-    sizes = np.linalg.svd(wide, compute_uv=False)
-    if len(wide) > wide.shape[1] or not sizes[-1] > 1e-6 * sizes[0]:
-        raise CheckpointError(
-            f"{path}: its {len(wide)} vectors of width {wide.shape[1]} are zero or span fewer directions than that; "
-            "leave out those that depend on others"
-        )
-    q, triangle = np.linalg.qr(wide.T)
-    unit = (q * np.sign(np.diag(triangle))).T.astype(np.float32)
-    return Direction(unit[0] if given.ndim == 1 else unit, None, None, float(sizes[0]), f"given as {path.name}")
 
 
 def candidates(

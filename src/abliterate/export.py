@@ -1,0 +1,85 @@
+"""Directions in the forms of other programs: `export`.
+
+Owns which file of directions a person means, and what is told of it. Never runs or edits a model.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from abliterate.checkpoint.folder import RECORDS
+from abliterate.direction.control_vector import control_vector, write_control_vector
+from abliterate.direction.given import load_given
+from abliterate.errors import UsageError
+from abliterate.workspace import writable
+
+FILE = "directions.safetensors"
+FORMATS = ("control-vector",)
+#: What a control vector is for where nothing says it; llama.cpp does not look at it.
+_UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the file, the type of the model it is for, and `{layer, length}` of each vector in it."""
+
+    output: str
+    format: str
+    model_type: str
+    vectors: list[dict[str, Any]]
+
+
+def export(
+    directions: str | Path,
+    output: str | Path,
+    *,
+    format: str = "control-vector",
+    layer: int | None = None,
+    scale: float | None = None,
+) -> Exported:
+    """Write the directions of a file, or of a run's folder or record, as `format` into the new file `output`.
+
+    A control vector adds `g r̂` behind the layer at which `r̂` was found, or `layer`; `g` is the gap between both
+    prompt sets there, or `scale`.
+
+    Raises:
+        AbliterateError: as its kinds say.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"--format {format}: expected {', '.join(FORMATS)}")
+    if scale is not None and not (np.isfinite(scale) and scale):
+        raise UsageError(f"--scale {scale:g}: expected the length of what is added; not 0, which adds nothing")
+    target = Path(output).expanduser()
+    if target.suffix != ".gguf":
+        raise UsageError(f"--output {output}: control vectors are GGUF files; give it a name that ends in .gguf")
+    if target.exists() or target.is_symlink():
+        raise UsageError(f"--output {output}: exists already and is never overwritten; choose another or delete it")
+    source = _file_of(Path(directions).expanduser())
+    added = control_vector(load_given(source), layer, scale)
+    writable(target)
+    model_type = _model_type(source)
+    write_control_vector(target, added, model_type)
+    vectors = [{"layer": at, "length": float(np.linalg.norm(v))} for at, v in sorted(added.items())]
+    return Exported(str(output), format, model_type, vectors)
+
+
+def _file_of(path: Path) -> Path:
+    """The file of directions that a path means: itself, that of a run's folder, or that beside a run's record."""
+    if path.is_dir():
+        return next((p for p in (path / RECORDS / FILE, path / FILE) if p.is_file()), path / RECORDS / FILE)
+    return path.with_name(FILE) if path.name == "run.json" else path
+
+
+def _model_type(source: Path) -> str:
+    """What kind of model lies around a file of directions."""
+    if source.parent.name != RECORDS:
+        return _UNKNOWN
+    try:
+        return str(json.loads((source.parent.parent / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return _UNKNOWN
