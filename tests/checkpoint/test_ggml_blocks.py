@@ -77,7 +77,7 @@ def test_what_cannot_be_encoded_is_refused_with_the_way_out(monkeypatch: pytest.
             ggml.encode(values, dtype, 0)
     with pytest.raises(UnsupportedError, match=r"rows of 96 numbers.*blocks of 256"):
         ggml.encode(values[:, :96], "Q4_K", 0)
-    ggml._library.cache_clear()
+    ggml.library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UnsupportedError, match=r"xllamacpp.*abliterate\[gguf\]"):
         ggml.encode(values, "Q4_K", 0)

@@ -34,23 +34,23 @@ def encode(values: Array, dtype: str, row_bytes: int) -> Raw:
             f"{dtype} cannot be encoded without an importance matrix, which the file does not hold; store those "
             "tensors in a larger type: --requantize Q4_K"
         )
-    library = _library()
-    block = _function(library, "ggml_blck_size", ctypes.c_int64, ctypes.c_int)(NUMBERS[dtype])
+    llama = library()
+    block = _function(llama, "ggml_blck_size", ctypes.c_int64, ctypes.c_int)(NUMBERS[dtype])
     if values.shape[1] % block:
         raise UnsupportedError(
             f"rows of {values.shape[1]} numbers do not fall into blocks of {block}, as {dtype} needs; choose a type "
             "with smaller blocks: Q4_0, Q5_0, Q8_0 or IQ4_NL for 32"
         )
-    size = _function(library, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
+    size = _function(llama, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
     if size(NUMBERS[dtype], values.shape[1]) != row_bytes:
         raise UnsupportedError(
-            f"{library._name}: stores a row of {values.shape[1]} numbers as {dtype} in another way than known here "
+            f"{llama._name}: stores a row of {values.shape[1]} numbers as {dtype} in another way than known here "
             f"({row_bytes} bytes); install the release that was tested: {_MEND}"
         )
     source = np.ascontiguousarray(values, dtype=np.float32)
     raw = np.empty((len(source), row_bytes), dtype=np.uint8)
     run = _function(
-        library, "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+        llama, "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
         ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     )  # fmt: skip
     run(NUMBERS[dtype], source.ctypes.data, raw.ctypes.data, 0, *source.shape, None)
@@ -64,7 +64,7 @@ def decode(raw: Raw, dtype: str, columns: int) -> Float32Array:
         UnsupportedError: the library cannot be reached, or does not know the type.
     """
     name = f"dequantize_row_{dtype.lower().replace('_k', '_K')}"
-    run = _function(_library(), name, None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    run = _function(library(), name, None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     source, values = np.ascontiguousarray(raw), np.empty((len(raw), columns), dtype=np.float32)
     run(source.ctypes.data, values.ctypes.data, values.size)
     return values
@@ -82,7 +82,7 @@ def _function(library: ctypes.CDLL, name: str, result: type | None, *arguments: 
 
 
 @functools.lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The wheel's extension module as a plain library: llama.cpp is linked into it. Nothing of Python's runs."""
     spec = importlib.util.find_spec("xllamacpp")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
