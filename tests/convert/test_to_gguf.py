@@ -25,6 +25,7 @@ from abliterate.convert.to_gguf import to_gguf
 from abliterate.convert.vocabulary import vocabulary_of
 from abliterate.errors import AbliterateError, CheckpointError, UnsupportedError, UsageError, VerifyError
 from tests.llama import Llama
+from tests.tiny import SPECIAL
 
 Tiny = Callable[..., Path]
 STRETCHED = {
@@ -148,20 +149,20 @@ CORPUS = [
 DIGITS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def trained(folder: Path, split: Any, tiny: Tiny, size: int = 700) -> Path:
+def trained(folder: Path, split: Any, base: Path, size: int = 700) -> Path:
     """A folder with a tokenizer of bytes that was trained behind a splitting of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+        CORPUS, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=SPECIAL)
     )
-    return with_tokenizer(folder, tokenizer, tiny)
+    return with_tokenizer(folder, tokenizer, base)
 
 
-def with_tokenizer(folder: Path, tokenizer: Tokenizer, tiny: Tiny) -> Path:
-    shutil.copytree(tiny("llama"), folder)
+def with_tokenizer(folder: Path, tokenizer: Tokenizer, base: Path) -> Path:
+    shutil.copytree(base, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -183,11 +184,11 @@ def test_how_text_is_split_is_found_by_experiment(tiny: Tiny, tmp_path: Path) ->
         ),
     }
     for name, way in ways.items():
-        assert vocabulary_of(trained(tmp_path / name, way, tiny), 1000).split == name
+        assert vocabulary_of(trained(tmp_path / name, way, tiny("llama")), 1000).split == name
     odd = Tokenizer.from_file(str(tmp_path / "gpt-2" / "tokenizer.json"))
     odd.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("e", "isolated"), ways["gpt-2"]])
     with pytest.raises(UnsupportedError, match="other tokens"):
-        vocabulary_of(with_tokenizer(tmp_path / "odd", odd, tiny), 1000)
+        vocabulary_of(with_tokenizer(tmp_path / "odd", odd, tiny("llama")), 1000)
 
 
 def spaced(prefix: bool) -> Tokenizer:
@@ -207,7 +208,7 @@ def spaced(prefix: bool) -> Tokenizer:
 def test_a_vocabulary_of_pieces_gets_scores_in_the_order_of_its_merges(
     prefix: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = with_tokenizer(tmp_path / "m", spaced(prefix), tiny)
+    folder = with_tokenizer(tmp_path / "m", spaced(prefix), tiny("llama"))
     found = vocabulary_of(folder, 700)
     assert found.model == "llama" and found.space is prefix and not found.merges
     assert Counter(found.types)[6] == 256 and found.types[0] == 2
@@ -233,7 +234,7 @@ def test_what_cannot_be_converted_is_named(tiny: Tiny, tmp_path: Path) -> None:
     (bare / "tokenizer.json").unlink()
     Tokenizer(models.WordPiece({"a": 0}, unk_token="a")).save(str(pieces / "tokenizer.json"))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    shutil.copy(trained(tmp_path / "more", level, tiny) / "tokenizer.json", many)
+    shutil.copy(trained(tmp_path / "more", level, tiny("llama")) / "tokenizer.json", many)
     large = weights(changed("large"), "model.norm.weight", torch.full((32,), 1e38))
     wide = weights(changed("wide"), "lm_head.weight", torch.full((262, 32), 1e6))
     nan = weights(changed("nan"), "lm_head.weight", torch.full((262, 32), torch.nan))

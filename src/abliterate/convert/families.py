@@ -154,7 +154,7 @@ def _add_positions(writer: Any, config: Any, folder: Path) -> dict[str, Float32A
             rope.get("original_max_position_embeddings") or config.max_position_embeddings
         )
     if kind == "llama3":
-        return {"rope_freqs.weight": _slowed(config, rope["rope_theta"], turned)}
+        return {"rope_freqs.weight": slowed(config, rope["rope_theta"], turned)}
     if kind != "longrope":
         return {}
     writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
@@ -164,7 +164,7 @@ def _add_positions(writer: Any, config: Any, folder: Path) -> dict[str, Float32A
     return {f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], np.float32) for name in ("long", "short")}
 
 
-def _slowed(config: Any, base: float, turned: int) -> Float32Array:
+def slowed(config: Any, base: float, turned: int) -> Float32Array:
     """By what transformers divides each frequency `base^(-2i/turned)` of a class that was stretched as Llama 3 was."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -89,21 +89,20 @@ def vocabulary_of(folder: Path, n_tokens: int) -> Vocabulary:
         CheckpointError: no tokenizer.json, or a damaged one.
         UnsupportedError: a kind that llama.cpp does not have, or one of which it makes other tokens.
     """
-    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
 
     path = folder / FILE
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_str(json.dumps(stated))
-        kind = stated["model"]
-    except FileNotFoundError:
+    if not path.is_file():
         raise CheckpointError(
             f"{folder}: has no {FILE}; load its tokenizer with transformers and save it, which writes one"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        stated = json.loads(tokenizer.to_str())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({str(error)[:80]})") from None
-    if kind.get("type") != "BPE":
-        raise UnsupportedError(f"{path}: a tokenizer of kind {kind.get('type')}; {ELSEWHERE}")
+    if stated["model"].get("type") != "BPE":
+        raise UnsupportedError(f"{path}: a tokenizer of kind {stated['model'].get('type')}; {ELSEWHERE}")
     found = _vocabulary(tokenizer, stated, n_tokens, path)
     return replace(found, split=_split_of(found, tokenizer, folder))
 
