@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from abliterate.checkpoint.folder import RECORDS
 from abliterate.direction.control_vector import control_vector, write_control_vector
 from abliterate.direction.given import load_given
 from abliterate.errors import UsageError
 from abliterate.workspace import writable
 
-FILE = "directions.safetensors"
+FILE, RECORDS = "directions.safetensors", "abliteration"
 FORMATS = ("control-vector",)
 #: What a control vector is for where nothing says it; llama.cpp does not look at it.
 _UNKNOWN = "unknown"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from abliterate.checkpoint.gguf_copy import copy_gguf
-from abliterate.checkpoint.gguf_file import read_gguf
+from abliterate.checkpoint.gguf_file import STRING, read_gguf
 from abliterate.convert.families import ELSEWHERE
 from abliterate.convert.llama import tokenised
 from abliterate.errors import CheckpointError, UnsupportedError
 
 FILE = "tokenizer.json"
+_SPLIT, _FILLER = "tokenizer.ggml.pre", "general.description"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 #: llama.cpp's ways to split text for vocabularies of bytes, the most usual first; "default" is its fallback.
@@ -146,7 +147,8 @@ def _split_of(vocabulary: Vocabulary, tokenizer: Any, folder: Path) -> str:
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     whole = [tokenizer.encode(_TEXTS[0], add_special_tokens=True).ids]
     with TemporaryDirectory() as scratch:
-        for split, path in _files(vocabulary, folder, Path(scratch)):
+        path = Path(scratch) / "vocabulary.gguf"
+        for split in _tried(vocabulary, folder, path):
             if tokenised(path, texts, special=False) == expected and tokenised(path, _TEXTS[:1], True) == whole:
                 return split
     raise UnsupportedError(
@@ -161,16 +163,38 @@ def _with_controls(vocabulary: Vocabulary) -> list[str]:
     return ["".join(f"{token}word\n" for token in controls)] if vocabulary.model == "gpt2" else []
 
 
-def _files(vocabulary: Vocabulary, folder: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
-    """The vocabulary in a model of no size, with one way of splitting after the other."""
+def _tried(vocabulary: Vocabulary, folder: Path, path: Path) -> Iterator[str]:
+    """One way of splitting after the other, each as it stands in the file `path`."""
+    _write(vocabulary, folder, path)
+    spans = read_gguf(path).spans
+    start, stop = spans[_FILLER][0], spans[_SPLIT][1]
+    with path.open("r+b") as file:
+        for split in SPLITS if vocabulary.model == "gpt2" else ("default",):
+            keys = _key("tokenizer.ggml.model", vocabulary.model) + _key(_SPLIT, split)
+            file.seek(start)
+            # The filler takes what the name leaves, so that nothing behind them moves.
+            file.write(_key(_FILLER, " " * (stop - start - len(keys) - len(_key(_FILLER, "")))) + keys)
+            file.flush()
+            yield split
+
+
+def _key(name: str, value: str) -> bytes:
+    """A key with a text as a GGUF has them."""
+    texts = [struct.pack("<Q", len(t.encode())) + t.encode() for t in (name, value)]
+    return texts[0] + struct.pack("<I", STRING) + texts[1]
+
+
+def _write(vocabulary: Vocabulary, folder: Path, path: Path) -> None:
+    """The vocabulary in a model of no size."""
     from gguf import GGUFWriter
 
-    first, width = scratch / "v.gguf", 32
-    writer = GGUFWriter(first, "llama")
+    width = 32
+    writer = GGUFWriter(path, "llama")
     for name in ("block_count", "context_length", "feed_forward_length", "head_count", "head_count_kv"):
         getattr(writer, f"add_{name}")(width if name in ("context_length", "feed_forward_length") else 1)
     writer.add_embedding_length(width)
     writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_string(_FILLER, " " * max(map(len, SPLITS)))
     vocabulary.write(writer, folder)
     square = np.zeros((width, width), np.float32)
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
@@ -182,10 +206,3 @@ def _files(vocabulary: Vocabulary, folder: Path, scratch: Path) -> Iterator[tupl
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    if vocabulary.model == "llama":
-        yield "default", first
-        return
-    header, copy = read_gguf(first), scratch / "copy.gguf"
-    for split in SPLITS:
-        copy_gguf(header, copy, {"tokenizer.ggml.pre": split})
-        yield split, copy
