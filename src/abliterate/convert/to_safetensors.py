@@ -28,7 +28,7 @@ _STRETCHED = [
 def to_safetensors(checkpoint: Checkpoint, folder: Path, dtype: str = "bfloat16") -> None:
     """Write a GGUF's model into the existing folder `folder`, its weights decoded and rounded once to `dtype`.
 
-    It is held in memory once, in `dtype`: transformers' own loader turns names and layouts back.
+    It is held in memory, for a while up to three times: transformers' own loader turns names and layouts back.
 
     Raises:
         UsageError: there is no such type.
