@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint.ggml import decode
+from abliterate.checkpoint.gguf_file import read_gguf
 from abliterate.convert.to_gguf import to_gguf
 from abliterate.convert.to_safetensors import to_safetensors
 from abliterate.errors import UnsupportedError, UsageError
@@ -61,7 +64,11 @@ def test_blocks_become_the_numbers_that_llama_cpp_computes_with(tiny: Tiny, tmp_
     ids = [3, 5, 7, 9, 11]
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0, -1].numpy()
-    assert np.abs(Llama(file).logits(ids) - logits).max() / logits.std() < 0.1
+    assert np.abs(Llama(file).logits(ids) - logits).max() / logits.std() < 0.3  # llama.cpp rounds activations too
+    tensor = read_gguf(file).tensors["blk.1.ffn_up.weight"]
+    raw = np.fromfile(file, np.uint8, tensor.nbytes, offset=tensor.offset).reshape(tensor.shape[0], -1)
+    stored = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert np.array_equal(decode(raw, "Q8_0", tensor.shape[1]), stored)
     assert {t.dtype for t in open_checkpoint(folder).tensors.values()} == {"F32"}
 
 

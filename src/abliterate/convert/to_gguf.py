@@ -21,7 +21,7 @@ from abliterate.checkpoint.storage import logical_name, matrices
 from abliterate.checkpoint.stream import require_disk, sync
 from abliterate.convert.families import ELSEWHERE, Family, add_keys, family_of, head_dim
 from abliterate.convert.mixes import MIXES, Model, types_of
-from abliterate.convert.vocabulary import vocabulary_of
+from abliterate.convert.vocabulary import Vocabulary, vocabulary_of
 from abliterate.errors import UnsupportedError, UsageError, VerifyError
 from abliterate.model.progress import Progress, silent
 
@@ -53,7 +53,7 @@ def to_gguf(checkpoint: Checkpoint, out: Path, mix: str = "bf16", progress: Prog
     writer = _writer(out, family)
     number, most = MIXES[mix]
     writer.add_type("model")
-    writer.add_name(_name(checkpoint, family))
+    writer.add_name(_name(checkpoint, family, vocabulary))
     extra = add_keys(writer, config, family, checkpoint.path)
     writer.add_file_type(number)
     if most not in PLAIN:
@@ -84,11 +84,12 @@ def _writer(out: Path, family: Family) -> Any:
     return GGUFWriter(out, family.architecture)
 
 
-def _name(checkpoint: Checkpoint, family: Family) -> str:
+def _name(checkpoint: Checkpoint, family: Family, vocabulary: Vocabulary) -> str:
     name = checkpoint.path.resolve().name
-    # llama.cpp knows by the name that Phi 3's control tokens take the spaces behind them.
-    known = family.architecture != "phi3" or "phi-3" in name.lower() or "phi3" in name.lower()
-    return name if known else f"Phi-3 {name}"
+    # llama.cpp knows by the name alone that Phi 3's control tokens take the spaces behind them, and wants these then.
+    if family.architecture == "phi3" and set(vocabulary.tokens) >= {"<unk>", "<s>", "</s>", "<|endoftext|>"}:
+        return f"Phi-3 {name}"
+    return name
 
 
 def _named(checkpoint: Checkpoint, family: Family, config: Any) -> dict[str, TensorInfo]:

@@ -90,7 +90,7 @@ def vocabulary_of(folder: Path, n_tokens: int) -> Vocabulary:
         CheckpointError: no tokenizer.json, or a damaged one.
         UnsupportedError: a kind that llama.cpp does not have, or one of which it makes other tokens.
     """
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer
 
     path = folder / FILE
     if not path.is_file():
@@ -98,12 +98,13 @@ def vocabulary_of(folder: Path, n_tokens: int) -> Vocabulary:
             f"{folder}: has no {FILE}; load its tokenizer with transformers and save it, which writes one"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
-        stated = json.loads(tokenizer.to_str())
+        stated = json.loads(path.read_text(encoding="utf-8"))
+        kind = stated["model"].get("type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({str(error)[:80]})") from None
-    if stated["model"].get("type") != "BPE":
-        raise UnsupportedError(f"{path}: a tokenizer of kind {stated['model'].get('type')}; {ELSEWHERE}")
+    if kind != "BPE":
+        raise UnsupportedError(f"{path}: a tokenizer of kind {kind}; {ELSEWHERE}")
+    tokenizer = Tokenizer.from_file(str(path))
     found = _vocabulary(tokenizer, stated, n_tokens, path)
     return replace(found, split=_split_of(found, tokenizer, folder))
 
