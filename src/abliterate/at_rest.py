@@ -1,4 +1,4 @@
-"""What is done to checkpoints at rest: find MODEL, `inspect`, `edit`, `undo`, finish a result with record and card.
+"""What is done to checkpoints at rest: find MODEL, `edit`, `undo`, `compare`, finish a result with record and card.
 
 Runs no model and imports no torch, unless an architecture must be learned.
 """
@@ -10,23 +10,22 @@ import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from yaml import YAMLError, safe_load
 
-from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpoint, resolve_model
+from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint, resolve_model
 from abliterate.checkpoint.stream import require_disk, tensor_sha256
 from abliterate.compare.compare import Comparison, compare_checkpoints
 from abliterate.direction.direction import Direction
 from abliterate.edit.adapter import write_adapter
 from abliterate.edit.apply import apply_edit
-from abliterate.edit.estimate import estimate
-from abliterate.edit.plan import EditPlan, Embeddings, plan_edit
+from abliterate.edit.plan import EditPlan, plan_edit
 from abliterate.edit.undo import WayBack, undo_edit
 from abliterate.edit.untie import BASE_FILES
 from abliterate.errors import AbliterateError, UnsupportedError, UsageError, VerifyError
 from abliterate.model.progress import Steps, no_steps
-from abliterate.options import Options, check_embeddings
+from abliterate.options import Options
 from abliterate.report.card import CARRIED_OVER, model_card
 from abliterate.report.page import PAGE, page
 from abliterate.report.record import RunRecord
@@ -218,71 +217,6 @@ def undo(edited: str, output: str | Path, *, steps: Steps = no_steps) -> Restore
         work.publish()
     files = len(way_back.files) + len(way_back.side_files)
     return Restored(str(output), way_back.base, tensors, files, round(time.monotonic() - start, 2))
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What an edit of a model would do: `writers` by role, what it would keep and leave, and what it would take here.
-
-    Sizes in bytes; `writers` holds `{role, tensors, shape, axis, dtype, behind, nbytes}`, `axis` the one that lies in
-    the stream, `behind` the norm between the writers and it.
-    """
-
-    model: str
-    model_type: str
-    n_layers: int
-    d_model: int
-    tensors: int
-    nbytes: int
-    writers: list[dict[str, Any]]
-    kept: dict[str, str]
-    untouched: int
-    tied_head: str | None
-    left_out: list[str]
-    disk: int
-    memory: int
-    seconds: float
-
-
-def inspect(model: str, *, embeddings: str = "edit", undo: bool = True) -> Inspection:
-    """Which weights of `model` write to the residual stream, what `edit` would do to them, and what it would take.
-
-    Reads headers only. Time and disk are those of a result in the current folder.
-
-    Raises:
-        AbliterateError: as its kinds say; UnsupportedError where an edit would be refused, with the reason.
-    """
-    check_embeddings(embeddings)
-    checkpoint = open_checkpoint(find_model(model, files=True))
-    plan = plan_edit(checkpoint, cast(Embeddings, embeddings))
-    groups: dict[tuple[Any, ...], list[TensorInfo]] = {}
-    for w in plan.writers:
-        tensor = checkpoint.tensors[w.tensor]
-        behind = w.gain_parameter or ("a norm without gain" if w.centred else None)
-        groups.setdefault((w.role, tensor.shape, w.axis, tensor.dtype, behind), []).append(tensor)
-    writers = [
-        {
-            "role": role, "tensors": len(tensors), "shape": list(shape), "axis": axis, "dtype": dtype,
-            "behind": behind, "nbytes": sum(t.nbytes for t in tensors),
-        }
-        for (role, shape, axis, dtype, behind), tensors in groups.items()
-    ]  # fmt: skip
-    needs = estimate(checkpoint, plan, Path.cwd(), undo)
-    first = plan.writers[0]
-    return Inspection(
-        model=model,
-        model_type=checkpoint.model_type,
-        n_layers=checkpoint.n_layers,
-        d_model=checkpoint.tensors[first.tensor].shape[first.axis],
-        tensors=len(checkpoint.tensors),
-        nbytes=checkpoint.nbytes,
-        writers=writers,
-        kept=plan.kept,
-        untouched=plan.untouched,
-        tied_head=plan.tied_head,
-        left_out=list(checkpoint.left_out),
-        **asdict(needs),
-    )
 
 
 def require_room(out: Path, checkpoint: Checkpoint) -> None:

@@ -30,7 +30,7 @@ def inspect(
 
     MODEL may be a GGUF file here; of a split one, its first part.
     """
-    from abliterate.at_rest import inspect as inspect_verb
+    from abliterate.inspection import inspect as inspect_verb
     from abliterate.report.table import print_inspection
 
     with console.progress_bars():
