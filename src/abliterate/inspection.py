@@ -40,7 +40,7 @@ class Inspection:
     seconds: float
 
 
-def inspect(model: str, *, embeddings: str = "edit", undo: bool = True) -> Inspection:
+def inspect(model: str, *, embeddings: str = "edit", undo: bool = True, requantize: str | None = None) -> Inspection:
     """Which weights of `model` write to the residual stream, what `edit` would do to them, and what it would take.
 
     Reads headers only. Time and disk are those of a result in the current folder.
@@ -50,7 +50,7 @@ def inspect(model: str, *, embeddings: str = "edit", undo: bool = True) -> Inspe
     """
     check_embeddings(embeddings)
     checkpoint = open_checkpoint(find_model(model, files=True))
-    plan = plan_edit(checkpoint, cast(Embeddings, embeddings))
+    plan = plan_edit(checkpoint, cast(Embeddings, embeddings), requantize=requantize)
     groups: dict[tuple[Any, ...], list[TensorInfo]] = {}
     for w in plan.writers:
         tensor = checkpoint.tensors[w.tensor]

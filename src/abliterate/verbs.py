@@ -19,7 +19,7 @@ from abliterate.at_rest import compare, edit, find_model, undo
 from abliterate.benchmark.bench import MARGIN, Benchmarks, benchmarks, score_both
 from abliterate.benchmark.harness import BUILT_IN, Harness
 from abliterate.checkpoint import open_checkpoint
-from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.naming import RECORDS
 from abliterate.contrast import Contrast
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit

@@ -19,7 +19,7 @@ EPILOG = """
 
 
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model as it was: a folder, a hub id or demo.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model as it was: folder, GGUF, hub id or demo.")],
     other: Annotated[str, typer.Argument(metavar="OTHER", help="What was made of it, by any tool.")],
     direction: Annotated[
         Optional[Path],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint import Checkpoint
-from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.naming import RECORDS
 
 #: Settings that say which program wrote a file, and nothing of the model.
 _WRITTEN_BY = ("transformers_version", "_name_or_path", "_from_model_config")

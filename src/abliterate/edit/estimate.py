@@ -21,6 +21,7 @@ from abliterate.checkpoint.matrix import BLOCK, Matrix
 from abliterate.edit.apply import THREADS
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removal, orthonormal, project_columns
+from abliterate.edit.retype import larger
 
 #: Blocks of numbers that a thread holds at once, and what Python, NumPy and the tables of names take, in bytes.
 _BLOCKS_HELD, _FLOOR = 10, 40_000_000
@@ -43,7 +44,7 @@ def estimate(checkpoint: Checkpoint, plan: EditPlan, where: Path, undo: bool = T
     edited = [checkpoint.tensors[w.tensor] for w in plan.writers]
     files = sum((checkpoint.path / f).stat().st_size for f in (*checkpoint.shards, *checkpoint.side_files))
     head = checkpoint.tensors[plan.untied.embedding].nbytes if plan.untied is not None else 0
-    disk = files + head + int(_UNDO_DISK * undo * sum(t.nbytes for t in edited))
+    disk = files + head + larger(checkpoint, plan.retyped) + int(_UNDO_DISK * undo * sum(t.nbytes for t in edited))
     numbers = sum(math.prod(t.shape) for t in edited)
     of_number = _seconds_of_a_number() * (_UNDO_TIME if undo else 1) / THREADS
     return Estimate(
