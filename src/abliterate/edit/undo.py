@@ -229,7 +229,7 @@ def undo_edit(
     """
     names = names or tuple(file.file for file in way_back.files)
     for name, sha256 in way_back.side_files.items():
-        _restore_side_file(checkpoint, out, records_of(names[0]), name, sha256)
+        _restore_side_file(checkpoint, out, records_of(names[0] if names else ""), name, sha256)
     with Workers.start(threads) as workers:
         jobs: list[Future[None]] = [
             workers.compute.submit(_restore_weights, checkpoint, file, out / name, progress)
