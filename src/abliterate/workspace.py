@@ -48,6 +48,8 @@ class Workspace:
         self.folder = output.with_name(output.name + ".partial")
         self.steps = self.folder / RECORDS / "steps"
         known = self.steps / "settings.json"
+        if not (self.steps / f"{_MOVED}.json").is_file():  # with it, what lies there may be ours
+            self._require_free(source)
         self._lock: int | None = _claim(self.folder)
         self._ours = False
         try:
@@ -63,8 +65,7 @@ class Workspace:
             if self.resumed:
                 self._compare(self.read("settings"), settings)
                 _take_back(self.folder)
-            for name in (self.records.name, *files) if files else ():
-                check_output(output.with_name(name), source)
+                self._require_free(source)
             self._ours = True
             if not self.resumed:
                 self.steps.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,11 @@ class Workspace:
             if self._lock is not None:
                 os.close(self._lock)
             self._lock = None
+
+    def _require_free(self, source: Path | None) -> None:
+        """Check all names that a GGUF takes beside OUT's own, which may be no file's."""
+        for name in (self.records.name, *self.files) if self.files else ():
+            check_output(self.output.with_name(name), source)
 
     def _compare(self, before: Any, now: dict[str, Any]) -> None:
         before = before if isinstance(before, dict) else {}

@@ -24,6 +24,9 @@ _MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2"
 #: How far a singular value must lie above what rounding alone may reach, and which part of the largest it must have:
 #: an edit that carries the remainders of rounding moves some rows by more than half a step.
 _ABOVE, _PART = 2.0, 0.03
+#: The same part for codes under block scales, of which more move where a direction is large: that bends it, and the
+#: second vector of such a change along one direction has up to a third of the first.
+_PART_OF_CODES = 0.4
 #: Vectors kept of a change of a rank that could be told, and of any other.
 _KEPT, _KEPT_OF_MANY = 8, 2
 #: Power iterations: with two, vectors whose values lie little above the noise are found to three digits.
@@ -44,6 +47,11 @@ class Pair:
         for rows in self.base.blocks():
             yield rows, self.base.values(self.files[0], rows), self.other.values(self.files[1], rows)
 
+    @property
+    def part(self) -> float:
+        """Which part of the largest singular value is more than what rounding makes of one direction."""
+        return _PART_OF_CODES if isinstance(self.other.codec, Blocks) else _PART
+
     def steps(self, rows: Rows, other: Array) -> Float32Array:
         """The distance from each number of the other to the next that its type can store there, `[n, columns]`."""
         codec = self.other.codec
@@ -59,7 +67,7 @@ class Pair:
 class Change:
     """`Δ = other − base`: squared Frobenius norms of base, Δ and rounding, and the largest vectors of Δ above that.
 
-    `rank` counts singular values above rounding and above 3% of the largest, None where there are more than looked for
+    `rank` counts singular values above rounding and a part of the largest, None where there are more than looked for
     or much is left beside them. `left` `[rows, k]`,
     `sizes` `[k]` and `right` `[columns, k]` are its first singular vectors and values.
     """
@@ -103,10 +111,10 @@ def change_of(pair: Pair) -> Change:
             left[at] = (other - base).astype(np.float32) @ side
     u, sizes, v = np.linalg.svd(left.astype(np.float64), full_matrices=False)
     noise = float(row_noise.sum())
-    least = max(_ABOVE * (np.sqrt(row_noise.max()) + np.sqrt(column_noise.max())), _PART * sizes[0])
+    least = max(_ABOVE * (np.sqrt(row_noise.max()) + np.sqrt(column_noise.max())), pair.part * sizes[0])
     rank = int((sizes > least).sum())
     beside = float(norms[1] - np.square(sizes[:rank]).sum())
-    told = wide < SKETCH or (rank < wide and beside <= 2 * noise + _PART**2 * norms[1])
+    told = wide < SKETCH or (rank < wide and beside <= 2 * noise + pair.part**2 * norms[1])
     k = min(rank, _KEPT if told else _KEPT_OF_MANY)
     return Change(
         float(norms[0]), float(norms[1]), min(noise, beside) if told else noise, rank if told else None,
