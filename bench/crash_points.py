@@ -51,7 +51,8 @@ def result(out: Path) -> dict[str, str]:
     return {
         name: digest
         for name, digest in found.items()
-        if Path(name).name not in NOT_COMPARED and (out.suffix != ".gguf" or name.startswith((out.name, f"{out.stem}.")))
+        if Path(name).name not in NOT_COMPARED
+        and (out.suffix != ".gguf" or name.startswith((out.name, f"{out.stem}.")))
     }
 
 

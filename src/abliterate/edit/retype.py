@@ -6,7 +6,8 @@ Owns the choice of types and the bytes that are kept of the base. Never projects
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,15 @@ from abliterate.checkpoint.ggml_blocks import LAYOUTS
 from abliterate.checkpoint.gguf_copy import padded
 from abliterate.checkpoint.gguf_file import NUMBERS, TYPES, read_gguf, stored_bytes
 from abliterate.checkpoint.layout import Layout
-from abliterate.checkpoint.storage import IN_PIECES, slices
+from abliterate.checkpoint.matrix import Matrix
+from abliterate.checkpoint.storage import IN_PIECES, PANEL, slices
 from abliterate.checkpoint.stream import copy_range, sync
 from abliterate.errors import CheckpointError, UnsupportedError, UsageError
 
 #: What a tensor can be written in: floats, and the types that lose a direction by moves of their codes.
 TARGETS = ("F32", "F16", "BF16", *LAYOUTS)
+#: A number of columns that falls into blocks of every type.
+_BLOCK = 256
 
 
 def retyped(checkpoint: Checkpoint, names: Iterable[str], wanted: str) -> dict[str, str]:
@@ -60,14 +64,24 @@ def larger(checkpoint: Checkpoint, types: Mapping[str, str]) -> int:
 
 
 def reencode(old: TensorInfo, new: TensorInfo, source: int, target: int) -> None:
-    """Write a tensor's numbers, from file to file, in the type of `new`; llama.cpp chooses the scales.
-
-    Raises:
-        UnsupportedError: llama.cpp's encoder cannot be reached.
-    """
+    """Write a tensor's numbers, from file to file, in the type of `new`."""
     for before, after in zip(slices(old), slices(new), strict=True):
         for rows in before.blocks():
             after.write(target, rows, after.codec.round(before.values(source, rows), rows))
+
+
+def panels(old: TensorInfo, new: TensorInfo, by_rows: bool) -> Iterator[tuple[Matrix, Matrix]]:
+    """A tensor in both types, in pieces that need nothing of one another: panels of columns, or (`by_rows`) whole."""
+    for before, after in zip(slices(old), slices(new), strict=True):
+        width = before.columns if by_rows else _BLOCK * max(1, PANEL // (_BLOCK * before.rows))
+        for first in range(0, before.columns, width):
+            wide = min(width, before.columns - first)
+            yield _columns(before, first, wide), _columns(after, first, wide)
+
+
+def _columns(matrix: Matrix, first: int, columns: int) -> Matrix:
+    at = matrix.offset + matrix.codec.row_bytes(first)
+    return replace(matrix, offset=at, columns=columns, stride=matrix.row_bytes)
 
 
 def kept_whole(way_back: Path) -> Path:

@@ -23,8 +23,8 @@ from abliterate.checkpoint.layout import Layout
 from abliterate.checkpoint.storage import IN_PIECES, by_rows, matrices
 from abliterate.checkpoint.stream import copy_range, forget, tensor_sha256
 from abliterate.edit.projection import Removal, Removed, project_columns, project_rows
-from abliterate.edit.requantise import move_columns, move_rows
-from abliterate.edit.retype import keep_whole, kept_whole, reencode
+from abliterate.edit.requantise import encode, move_columns, move_rows
+from abliterate.edit.retype import keep_whole, kept_whole, panels, reencode
 from abliterate.edit.sidecar import Sidecar
 from abliterate.edit.writers import ResidualWriter
 from abliterate.model.progress import Progress
@@ -83,9 +83,13 @@ class PlannedTensor:
     ) -> list[Removed]:
         """Project the pieces that fall to job `i` of `n`, from file to file; `number` is the tensor's in its file.
 
-        One that is to have another type is written in it first, and projected where it lies then.
+        One that gets a block type is encoded from its exact result; one that gets floats is written in them first, and
+        projected where it lies then.
         """
         along_rows, info, shift = by_rows(self.info, self.writer.axis), self.info, self.stored.offset - self.info.offset
+        if self.retyped and self.stored.dtype in LAYOUTS:
+            pairs = panels(info, self.stored, along_rows)
+            return [encode(old, new, source, target, self.removal, along_rows) for old, new in pairs]
         if self.retyped:
             reencode(info, self.stored, source, target)
             source, info, shift, sidecar = target, self.stored, 0, None
