@@ -47,13 +47,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 def result(out: Path) -> dict[str, str]:
     """The hash of every file of an edited checkpoint that two edits must agree on; of a GGUF of its records too."""
-    found = contents(out) if out.suffix != ".gguf" else contents(out.parent)
-    return {
-        name: digest
-        for name, digest in found.items()
-        if Path(name).name not in NOT_COMPARED
-        and (out.suffix != ".gguf" or name.startswith((out.name, f"{out.stem}.")))
-    }
+    found = contents(out.parent if out.suffix == ".gguf" else out)
+    if out.suffix == ".gguf":
+        found = {name: digest for name, digest in found.items() if name.startswith((out.name, f"{out.stem}."))}
+    return {name: digest for name, digest in found.items() if Path(name).name not in NOT_COMPARED}
 
 
 def _install(act: Callable[[str], object], within: str) -> None:
