@@ -109,7 +109,8 @@ def read(run: Path) -> Result:
         if (folder / RECORDS / "steps" / "settings.json").is_file():
             name = folder.resolve().name.removesuffix(".partial")
             return Result(_unfinished(folder / RECORDS, folder / records_of(name)), name, folder / RECORDS, True)
-    raise CheckpointError(f"{run}: there is no {beside / _RECORD}; expected what run or edit wrote, or its record")
+    where = f"{beside.name}/{_RECORD} {'beside' if is_gguf(run.name) else 'in'} it"
+    raise CheckpointError(f"{run}: there is no {where}; expected what run or edit wrote, or its record")
 
 
 def _unfinished(records: Path, directions: Path) -> RunRecord:

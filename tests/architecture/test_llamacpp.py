@@ -202,5 +202,5 @@ def test_inspect_shows_a_file(tmp_path: Path) -> None:
         ("MLP out", 2, 0, "F16", "post_feedforward_layernorm.weight"),
     }
     assert found.tied_head is not None
-    with pytest.raises(UnsupportedError, match=r"x\.gguf: GGUF files can be inspected"):
+    with pytest.raises(UnsupportedError, match=r"x\.gguf: GGUF files can be edited"):
         find_model(str(path))
