@@ -29,11 +29,11 @@ from abliterate.cli.main import main
 from abliterate.report import table  # noqa: F401
 
 #: What opens, makes, moves or deletes a file or folder, by its name as an audit event.
-_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+_EVENTS = ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
 _CALLS = ("fsync", "posix_fallocate", "copy_file_range", "pwrite", "pwritev")
-_SURVIVES_FULL = ("os.remove", "os.rmdir", "os.rename")
+_SURVIVES_FULL = ("os.remove", "os.rmdir", "os.rename", "os.link")
 #: What an edit writes anew each time: times and dates.
-NOT_COMPARED = ("abliteration/run.json", "abliteration/report.html", "README.md")
+NOT_COMPARED = ("run.json", "report.html", "README.md")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -45,9 +45,12 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def result(folder: Path) -> dict[str, str]:
-    """The hash of every file of an edited checkpoint that two edits must agree on."""
-    return {name: digest for name, digest in contents(folder).items() if name not in NOT_COMPARED}
+def result(out: Path) -> dict[str, str]:
+    """The hash of every file of an edited checkpoint that two edits must agree on; of a GGUF of its records too."""
+    found = contents(out.parent if out.suffix == ".gguf" else out)
+    if out.suffix == ".gguf":
+        found = {name: digest for name, digest in found.items() if name.startswith((out.name, f"{out.stem}."))}
+    return {name: digest for name, digest in found.items() if Path(name).name not in NOT_COMPARED}
 
 
 def _install(act: Callable[[str], object], within: str) -> None:
@@ -99,18 +102,18 @@ def edit(arguments: list[str], log: Path, act: Callable[[str], object] = str, wi
 
 def survey(how: str, every: int, model: Path, direction: Path, folder: Path, options: list[str]) -> dict[str, Any]:
     """Stop an edit at every point (or every second, ...), resume it, and say what was wrong."""
-    out, log = folder / "out", folder / "log"
-    partial = out.with_name("out.partial")
+    out, log = folder / ("out.gguf" if model.is_file() else "out"), folder / "log"
+    partial = out.with_name(f"{out.name}.partial")
     arguments = [str(model), "-d", str(direction), "-o", str(out), *options]
-    source = contents(model)
+    files = model.parent if model.is_file() else model
+    source = contents(files)
     if status := edit(arguments, log):
         raise SystemExit(f"an uninterrupted edit ends with {status}: {log.read_text()}")
     expected = result(out)
     ends: Counter[str] = Counter()
     wrong: list[str] = []
     for point in itertools.count(1, every):
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(out)
         count = itertools.count(1)
 
         def act(event: str, count: Any = count, point: int = point) -> None:
@@ -138,10 +141,16 @@ def survey(how: str, every: int, model: Path, direction: Path, folder: Path, opt
             note(f"resuming ended with {status}")
         elif not published and result(out) != expected:
             note("resumed to another result")
-        if contents(model) != source:
+        if contents(files) != source:
             note("the source was written to")
-    shutil.rmtree(out, ignore_errors=True)
+    _clear(out)
     return {"points": sum(ends.values()), "ends": dict(ends), "wrong": wrong}
+
+
+def _clear(out: Path) -> None:
+    """Delete what an edit leaves, published or not."""
+    for path in out.parent.glob(f"{out.stem}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _state(out: Path, partial: Path) -> str:

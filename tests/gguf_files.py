@@ -9,9 +9,13 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from abliterate.checkpoint.ggml_blocks import LAYOUTS, Blocks
+
 #: More memory than reading any header takes: the window and the table.
 LITTLE = 4 << 20
 D_MODEL, D_FF, VOCABULARY, HEADS, EXPERTS = 32, 128, 48, 4, 3
+#: A width that falls into blocks of every type.
+WIDE = 256
 
 _NORMS = {"attn_norm.weight": (D_MODEL,), "ffn_norm.weight": (D_MODEL,)}
 _ATTENTION = {f"attn_{n}.weight": (D_MODEL, D_MODEL) for n in ("q", "k", "v", "output")}
@@ -92,6 +96,46 @@ def tiny_gguf(
         values = random.normal(0, 0.3, shape) + ("norm.weight" in name)
         writer.add_tensor(name, values.astype(np.float32 if len(shape) == 1 else dtype))
     return finish(writer)
+
+
+def of_block_types(path: Path, types: list[str], head: bool = True, split: int = 0) -> Path:
+    """A llama of which each tensor that writes to the stream is of another of the types, in turn, the embedding first.
+
+    Of types that cannot be encoded the codes are random.
+    """
+    layers, in_turn = -(-(len(types) - 1) // 2), iter(types)
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=split)
+    writer.add_block_count(layers)
+    writer.add_embedding_length(WIDE)
+    if not split:  # which the package states in the first part alone
+        writer.add_custom_alignment(64)
+    writer.add_token_list([f"täg{i}" for i in range(VOCABULARY)])
+    writer.add_string("general.license", "apache-2.0")
+    random = np.random.default_rng(2)
+    names = ["token_embd.weight", "output_norm.weight", *(["output.weight"] if head else [])]
+    names += [f"blk.{i}.{name}" for i in range(layers) for name in LLAMA]
+    for name in names:
+        rows = VOCABULARY if name in ("token_embd.weight", "output.weight") else WIDE
+        values = random.normal(0, 0.3, (rows, WIDE)).astype(np.float32)
+        if "norm" in name:
+            writer.add_tensor(name, np.abs(values[0]))
+        elif name.startswith("token_embd") or "_output" in name or "_down" in name:
+            dtype = next(in_turn, "F32")
+            writer.add_tensor(name, _stored(values, dtype, random), raw_dtype=Type[dtype])
+        else:
+            writer.add_tensor(name, values.astype(np.float16))
+    return finish(writer)
+
+
+def _stored(values: Any, dtype: str, random: np.random.Generator) -> Any:
+    if dtype in ("F32", "F16"):
+        return values.astype("<f4" if dtype == "F32" else "<f2")
+    if dtype in LAYOUTS:
+        return Blocks(dtype).round(values, np.arange(len(values)))
+    block, nbytes = gguf.GGML_QUANT_SIZES[Type[dtype]]
+    raw = random.integers(0, 256, (len(values), WIDE // block, nbytes), dtype=np.uint8)
+    raw[..., :2] = np.array([0.01], "<f2").view(np.uint8)
+    return raw.reshape(len(values), -1)
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

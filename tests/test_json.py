@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from abliterate import at_rest
+from abliterate import inspection
 from abliterate.envelope import json_text
 from abliterate.report.record import RunRecord
 from tests.cli.test_main import run_here
@@ -161,13 +161,13 @@ def test_numbers_that_are_not_finite_become_null(finished: tuple[RunRecord, Path
 def test_what_libraries_print_does_not_get_into_the_result(
     refusing: Refusing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inspect = at_rest.inspect
+    inspect = inspection.inspect
 
-    def noisy(*args: Any, **options: Any) -> at_rest.Inspection:
+    def noisy(*args: Any, **options: Any) -> inspection.Inspection:
         print("advice of a library")
         return inspect(*args, **options)
 
-    monkeypatch.setattr(at_rest, "inspect", noisy)
+    monkeypatch.setattr(inspection, "inspect", noisy)
     assert run_here("inspect", str(refusing.folder), "--json") == 0
     said = capsys.readouterr()
     valid(said.out, "inspection")

@@ -1,4 +1,4 @@
-"""What is done to checkpoints at rest: find MODEL, `inspect`, `edit`, `undo`, finish a result with record and card.
+"""What is done to checkpoints at rest: find MODEL, `edit`, `undo`, `compare`, finish a result with record and card.
 
 Runs no model and imports no torch, unless an architecture must be learned.
 """
@@ -10,24 +10,26 @@ import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from yaml import YAMLError, safe_load
 
-from abliterate.checkpoint import Checkpoint, TensorInfo, hub_name, open_checkpoint, resolve_model
+from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint, resolve_model
+from abliterate.checkpoint.gguf_file import read_gguf
+from abliterate.checkpoint.naming import gguf_names, is_gguf
 from abliterate.checkpoint.stream import require_disk, tensor_sha256
 from abliterate.compare.compare import Comparison, compare_checkpoints
 from abliterate.direction.direction import Direction
 from abliterate.direction.given import load_given
 from abliterate.edit.adapter import write_adapter
 from abliterate.edit.apply import apply_edit
-from abliterate.edit.estimate import estimate
-from abliterate.edit.plan import EditPlan, Embeddings, plan_edit
+from abliterate.edit.plan import EditPlan, plan_edit
+from abliterate.edit.retype import larger
 from abliterate.edit.undo import WayBack, undo_edit
 from abliterate.edit.untie import BASE_FILES
 from abliterate.errors import AbliterateError, UnsupportedError, UsageError, VerifyError
 from abliterate.model.progress import Steps, no_steps
-from abliterate.options import Options, check_embeddings
+from abliterate.options import Options
 from abliterate.report.card import CARRIED_OVER, model_card
 from abliterate.report.page import PAGE, page
 from abliterate.report.record import RunRecord
@@ -52,7 +54,7 @@ def find_model(model: str, *, files: bool = False) -> Path:
     found = resolve_model(model)
     if found.is_file() and not files:
         raise UnsupportedError(
-            f"{model}: GGUF files can be inspected, not run or edited yet; give the model's safetensors checkpoint"
+            f"{model}: GGUF files can be edited and compared, not run yet; give the model's safetensors checkpoint"
         )
     return found
 
@@ -68,9 +70,9 @@ def edit(
 ) -> RunRecord:
     """Steps 3 and 4: project the directions in a file out of `model`, into the new folder `output`. Runs no model.
 
-    Takes a file that `select` wrote, a `.npy` of shape `[d_model]` or `[k, d_model]`, or a control vector in a `.gguf`;
-    `layer` takes one layer's of directions by layer. An edit that was killed leaves `output.partial`, which
-    `resume=True` takes up at the first unfinished file.
+    Of a GGUF `output` is a GGUF too, with its records in a folder beside it. Takes a file that `select` wrote, a `.npy`
+    of shape `[d_model]` or `[k, d_model]`, or a control vector in a `.gguf`; `layer` takes one layer's of directions by
+    layer. An edit that was killed leaves `output.partial`, which `resume=True` takes up at the first unfinished file.
 
     Raises:
         AbliterateError: as its kinds say.
@@ -79,14 +81,15 @@ def edit(
     chosen.check()
     found = load_given(Path(direction), chosen.layer)
     _require_place_for_offset(found, direction, chosen)
-    source = find_model(model)
+    source = find_model(model, files=True)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
-    plan = plan_edit(checkpoint, chosen.embeddings).weighted(found.strengths)
-    require_room(out, checkpoint)
+    files = result_files(out, checkpoint, chosen.format)
+    plan = plan_edit(checkpoint, chosen.embeddings, requantize=chosen.requantize).weighted(found.strengths)
+    require_room(out, checkpoint, plan)
     given = {"model": model, "direction": str(direction), "output": str(output), **options}
     start = time.monotonic()
-    with Workspace(out, source, _edit_settings(checkpoint, found, chosen), resume) as work:
+    with Workspace(out, source, _edit_settings(checkpoint, found, chosen), resume, files) as work:
         try:
             work.write("given", given)
             edits = write_edited(checkpoint, plan, found, work, chosen, steps)
@@ -105,11 +108,33 @@ def edit(
             kept=plan.kept,
             untouched=plan.untouched,
             tied_head=plan.tied_head,
-            base_card=base_card(checkpoint.path),
+            retyped=dict(plan.retyped),
+            base_card=base_card(checkpoint.source),
             seconds={"edit": round(time.monotonic() - start, 2)},
         )
         finish(work, record)
     return record
+
+
+def result_files(out: Path, checkpoint: Checkpoint, kind: str = "checkpoint") -> tuple[str, ...]:
+    """The names of the files at OUT where the checkpoint is a GGUF, none where OUT is a folder.
+
+    Raises:
+        UsageError: the name of OUT is one of the other kind.
+        UnsupportedError: an adapter of a GGUF is asked for.
+    """
+    if checkpoint.format != "gguf":
+        if is_gguf(out.name):
+            raise UsageError(f"--output {out}: of a safetensors checkpoint comes a folder; leave out '{out.suffix}'")
+        return ()
+    if kind == "adapter":
+        raise UnsupportedError(
+            f"{checkpoint.source}: adapters are for PEFT, which has none for a GGUF; leave out --format adapter, or "
+            "give the model's safetensors checkpoint"
+        )
+    if not is_gguf(out.name):
+        raise UsageError(f"--output {out}: of a GGUF comes a GGUF; choose a name that ends in .gguf")
+    return gguf_names(out.name, len(checkpoint.shards))
 
 
 def _require_place_for_offset(found: Direction, name: str | Path, options: Options) -> None:
@@ -130,7 +155,10 @@ def _edit_settings(checkpoint: Checkpoint, found: Direction, options: Options) -
         "direction": sha256(found.removed.tobytes()).hexdigest(),
         "strengths": found.strengths,
         "offset": found.offset,
-        **{name: getattr(options, name) for name in ("strength", "embeddings", "keep_norms", "format", "undo")},
+        **{
+            name: getattr(options, name)
+            for name in ("strength", "embeddings", "keep_norms", "format", "undo", "requantize")
+        },
     }
 
 
@@ -146,7 +174,7 @@ def write_edited(
         else:
             edits = apply_edit(
                 checkpoint, plan, vector, out, options.strength, progress,
-                keep_norms=options.keep_norms, offset=offset, undo=options.undo, journal=work,
+                keep_norms=options.keep_norms, offset=offset, undo=options.undo, journal=work, names=work.files,
             )  # fmt: skip
     except VerifyError:
         _require_unchanged(checkpoint, work)
@@ -155,7 +183,7 @@ def write_edited(
     records = [asdict(record) for record in edits]
     if options.format != "adapter":
         try:
-            check_edited(out, records if work.resumed else [])
+            check_edited(work.result, records if work.resumed else [])
         except AbliterateError as error:
             raise work.damaged(str(error)) from None
     return records
@@ -174,18 +202,19 @@ def _require_unchanged(checkpoint: Checkpoint, work: Workspace) -> None:
         raise
 
 
-def check_edited(folder: Path, edits: list[dict[str, Any]]) -> None:
-    """Check that `folder` is whole, and that every edited tensor still has the bytes that its record names.
+def check_edited(result: Path, edits: list[dict[str, Any]]) -> None:
+    """Check that a folder or GGUF is whole, and that every edited tensor still has the bytes that its record names.
 
     Raises:
         CheckpointError: the checkpoint is not whole.
         VerifyError: a tensor has other bytes.
     """
-    tensors = open_checkpoint(folder).tensors
+    opened = open_checkpoint(result)
+    tensors = opened.tensors
     for edit_record in edits:
         name = edit_record["tensor"]
         if name in tensors:
-            with (folder / tensors[name].file).open("rb") as file:
+            with (opened.path / tensors[name].file).open("rb") as file:
                 found = tensor_sha256(file.fileno(), tensors[name])
         if name not in tensors or found != edit_record["sha256"]:
             raise VerifyError(f"tensor '{name}' is not as it was written")
@@ -193,7 +222,7 @@ def check_edited(folder: Path, edits: list[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Restored:
-    """What `undo` restored: the folder, the base's fingerprint, how many tensors and files were checked by hash."""
+    """What `undo` restored: the output, the base's fingerprint, how many tensors and files were checked by hash."""
 
     output: str
     base: str
@@ -203,92 +232,30 @@ class Restored:
 
 
 def undo(edited: str, output: str | Path, *, steps: Steps = no_steps) -> Restored:
-    """The base of an edited checkpoint, bit for bit, into the new folder `output`.
+    """The base of an edited checkpoint, bit for bit, into the new folder (or GGUF) `output`.
 
     Raises:
         AbliterateError: as its kinds say; VerifyError where the edited weights were changed since.
     """
-    source, out = find_model(edited), Path(output).expanduser()
+    source, out = find_model(edited, files=True), Path(output).expanduser()
     check_output(out, source)
     checkpoint = open_checkpoint(source)
+    names = result_files(out, checkpoint)
     way_back = WayBack.load(checkpoint)
     tensors = sum(len(f.tensors) for f in way_back.files)
     require_room(out, checkpoint)
     start = time.monotonic()
-    with Workspace.scratch(out, source) as work:
-        undo_edit(checkpoint, way_back, work.folder, steps("restoring weights", tensors))
+    with Workspace.scratch(out, source, names) as work:
+        undo_edit(checkpoint, way_back, work.folder, steps("restoring weights", tensors), names=names)
         work.publish()
     files = len(way_back.files) + len(way_back.side_files)
     return Restored(str(output), way_back.base, tensors, files, round(time.monotonic() - start, 2))
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What an edit of a model would do: `writers` by role, what it would keep and leave, and what it would take here.
-
-    Sizes in bytes; `writers` holds `{role, tensors, shape, axis, dtype, behind, nbytes}`, `axis` the one that lies in
-    the stream, `behind` the norm between the writers and it.
-    """
-
-    model: str
-    model_type: str
-    n_layers: int
-    d_model: int
-    tensors: int
-    nbytes: int
-    writers: list[dict[str, Any]]
-    kept: dict[str, str]
-    untouched: int
-    tied_head: str | None
-    left_out: list[str]
-    disk: int
-    memory: int
-    seconds: float
-
-
-def inspect(model: str, *, embeddings: str = "edit", undo: bool = True) -> Inspection:
-    """Which weights of `model` write to the residual stream, what `edit` would do to them, and what it would take.
-
-    Reads headers only. Time and disk are those of a result in the current folder.
-
-    Raises:
-        AbliterateError: as its kinds say; UnsupportedError where an edit would be refused, with the reason.
-    """
-    check_embeddings(embeddings)
-    checkpoint = open_checkpoint(find_model(model, files=True))
-    plan = plan_edit(checkpoint, cast(Embeddings, embeddings))
-    groups: dict[tuple[Any, ...], list[TensorInfo]] = {}
-    for w in plan.writers:
-        tensor = checkpoint.tensors[w.tensor]
-        behind = w.gain_parameter or ("a norm without gain" if w.centred else None)
-        groups.setdefault((w.role, tensor.shape, w.axis, tensor.dtype, behind), []).append(tensor)
-    writers = [
-        {
-            "role": role, "tensors": len(tensors), "shape": list(shape), "axis": axis, "dtype": dtype,
-            "behind": behind, "nbytes": sum(t.nbytes for t in tensors),
-        }
-        for (role, shape, axis, dtype, behind), tensors in groups.items()
-    ]  # fmt: skip
-    needs = estimate(checkpoint, plan, Path.cwd(), undo)
-    first = plan.writers[0]
-    return Inspection(
-        model=model,
-        model_type=checkpoint.model_type,
-        n_layers=checkpoint.n_layers,
-        d_model=checkpoint.tensors[first.tensor].shape[first.axis],
-        tensors=len(checkpoint.tensors),
-        nbytes=checkpoint.nbytes,
-        writers=writers,
-        kept=plan.kept,
-        untouched=plan.untouched,
-        tied_head=plan.tied_head,
-        left_out=list(checkpoint.left_out),
-        **asdict(needs),
-    )
-
-
-def require_room(out: Path, checkpoint: Checkpoint) -> None:
+def require_room(out: Path, checkpoint: Checkpoint, plan: EditPlan | None = None) -> None:
     """Check that the disk has room for a whole copy of the checkpoint, and what is kept beside it.
+
+    A plan says of which tensors the bytes are kept as well, as they get another type.
 
     What an interrupted run has written there already is not needed again.
 
@@ -297,14 +264,21 @@ def require_room(out: Path, checkpoint: Checkpoint) -> None:
     """
     files = checkpoint.shards + checkpoint.side_files
     nbytes = int((1 + _BESIDE) * sum((checkpoint.path / name).stat().st_size for name in files))
+    nbytes += larger(checkpoint, plan.retyped) if plan is not None else 0
     there = sum(p.stat().st_size for p in out.with_name(f"{out.name}.partial").rglob("*") if p.is_file())
     require_disk(out.parent, nbytes - there)
 
 
-def base_card(folder: Path) -> dict[str, Any]:
-    """What a model's own card says of licence, language and task; nothing where it has none that can be read."""
+def base_card(source: Path) -> dict[str, Any]:
+    """What a model's own card says of licence, language and task; nothing where it has none that can be read.
+
+    A GGUF says so in its metadata: a card beside it may be another model's.
+    """
+    if source.is_file():
+        stated = read_gguf(source).metadata
+        return {k: v for k in CARRIED_OVER if isinstance(v := stated.get(f"general.{k.replace('_', '.')}"), str)}
     try:
-        with (folder / "README.md").open(encoding="utf-8") as file:
+        with (source / "README.md").open(encoding="utf-8") as file:
             head = re.match(r"\s*---\n(.*?)\n---\s", file.read(_HEAD), re.DOTALL)
         said = safe_load(head[1]) if head else None
     except (OSError, ValueError, YAMLError, RecursionError):  # a stranger's file
@@ -320,8 +294,8 @@ def base_card(folder: Path) -> dict[str, Any]:
 
 def finish(work: Workspace, record: RunRecord) -> None:
     """Write record, page and card (the base's own card is set aside), then publish."""
-    card, aside = work.folder / "README.md", work.folder / BASE_FILES / "README.md"
-    if card.exists() and not aside.exists():
+    card, aside = work.card, work.folder / BASE_FILES / "README.md"
+    if card.exists() and not aside.exists() and not work.files:
         aside.parent.mkdir(parents=True, exist_ok=True)
         card.rename(aside)
     card.write_text(model_card(record, work.output.name), encoding="utf-8")
@@ -352,7 +326,8 @@ def compare(
         if Path(save).suffix != ".safetensors":
             raise UsageError(f"{save}: directions are written as safetensors; give it a name that ends in .safetensors")
         writable(Path(save))
-    found = compare_checkpoints(open_checkpoint(find_model(base)), open_checkpoint(find_model(other)), given, steps)
+    before, after = (open_checkpoint(find_model(model, files=True)) for model in (base, other))
+    found = compare_checkpoints(before, after, given, steps)
     if save is not None:
         if not found.directions.size:
             raise VerifyError(f"{other}: no change of a matrix of the stream's width, so there is no direction to save")

@@ -44,6 +44,7 @@ class Options:
     keep_norms: bool = False
     format: Literal["checkpoint", "adapter"] = "checkpoint"
     undo: bool = True
+    requantize: str | None = None
     device: str | None = None
     dtype: str | None = None
     memory: str | None = None

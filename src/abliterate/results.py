@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import UndefinedError
 
 from abliterate.checkpoint import hub_name
-from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.naming import RECORDS, is_gguf, records_of
 from abliterate.direction.direction import Direction
 from abliterate.errors import CheckpointError, ResourceError, UsageError
 from abliterate.options import Options
@@ -98,23 +98,23 @@ def read(run: Path) -> Result:
     Raises:
         CheckpointError: there is none, or a damaged one.
     """
-    for file in (run, run / RECORDS / _RECORD, run / _RECORD):
-        if file.is_file():
+    beside = run.with_name(records_of(run.name)) if is_gguf(run.name) else run / RECORDS
+    for file in (beside / _RECORD, run / _RECORD, run):
+        if file.is_file() and not is_gguf(file.name):
             record = RunRecord.load(file)
             folder = file.resolve().parent
-            inside = folder.parent.name if folder.name == RECORDS else ""
+            inside = folder.parent.name if folder.name == RECORDS else run.name if is_gguf(run.name) else ""
             return Result(record, inside or Path(str(record.given.get("output", "result"))).name, file.parent, False)
     for folder in (run, run.with_name(f"{run.name}.partial")):
         if (folder / RECORDS / "steps" / "settings.json").is_file():
             name = folder.resolve().name.removesuffix(".partial")
-            return Result(_unfinished(folder / RECORDS), name, folder / RECORDS, True)
-    raise CheckpointError(
-        f"{run}: holds no {RECORDS}/{_RECORD}; expected a folder that run or edit wrote, or its record"
-    )
+            return Result(_unfinished(folder / RECORDS, folder / records_of(name)), name, folder / RECORDS, True)
+    where = f"{beside.name}/{_RECORD} {'beside' if is_gguf(run.name) else 'in'} it"
+    raise CheckpointError(f"{run}: there is no {where}; expected what run or edit wrote, or its record")
 
 
-def _unfinished(records: Path) -> RunRecord:
-    """As much of a record as the finished steps give."""
+def _unfinished(records: Path, directions: Path) -> RunRecord:
+    """As much of a record as the finished steps give, with the directions in a folder that may be another."""
 
     def stored(name: str) -> Any:
         file = records / "steps" / f"{name}.json"
@@ -127,7 +127,7 @@ def _unfinished(records: Path) -> RunRecord:
         if "verb" in settings:
             raise UsageError(f"{records.parent}: an unfinished '{settings['verb']}', which has no page")
         chosen = steps["select"].get("result", {})
-        direction = records / "directions.safetensors"
+        direction = directions / "directions.safetensors"
         if not direction.is_file():
             direction = records / "steps" / "selected.safetensors"
         found = Direction.load(direction) if chosen and direction.is_file() else None

@@ -15,11 +15,11 @@ from typing import Any
 from abliterate import find
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.at_rest import compare, edit, find_model, inspect, undo
+from abliterate.at_rest import compare, edit, find_model, undo
 from abliterate.benchmark.bench import MARGIN, Benchmarks, benchmarks, score_both
 from abliterate.benchmark.harness import BUILT_IN, Harness
 from abliterate.checkpoint import open_checkpoint
-from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.naming import RECORDS
 from abliterate.contrast import Contrast
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
@@ -28,6 +28,7 @@ from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.evaluate.evaluation import Evaluation
 from abliterate.evaluate.text import load_text
 from abliterate.export import export
+from abliterate.inspection import inspect
 from abliterate.model.progress import Steps, no_steps
 from abliterate.observe import Observation
 from abliterate.options import Options, parse_part

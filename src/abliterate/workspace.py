@@ -1,4 +1,4 @@
-"""The folder a run builds its result in: beside OUT, renamed to OUT last, resumable step by step.
+"""The folder a run builds its result in: beside OUT, put in OUT's place last, resumable step by step.
 
 Owns where results go and which steps are done; never knows what a step computes.
 """
@@ -15,19 +15,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.naming import RECORDS, records_of
 from abliterate.checkpoint.stream import sync
 from abliterate.errors import AbliterateError, CheckpointError, ResourceError, UsageError
+from abliterate.moving import marks, move_out, take_back
+
+#: The step that says what is moved out of the folder, by the marks by which it is known there.
+_MOVED = "moved"
 
 
 class Workspace:
     """`OUT.partial` while a run lasts. A finished step is a file in it; `publish` renames the folder to OUT.
 
+    Where OUT is a GGUF, the folder holds its `files` and, beside them, the folder of its records, as they will lie
+    beside OUT; `publish` moves them there.
+
     As a context it keeps other runs from the folder, and says of a disk that does not take what is written that it
     does not.
     """
 
-    def __init__(self, output: Path, source: Path | None, settings: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self, output: Path, source: Path | None, settings: dict[str, Any], resume: bool, files: tuple[str, ...] = ()
+    ) -> None:
         """Claim the folder, or take up the unfinished one of an earlier run with the same settings.
 
         Raises:
@@ -35,10 +44,12 @@ class Workspace:
                 given, or is of other settings, or still runs; or what is there is not a run of ours.
         """
         check_output(output, source)
-        self.output = output
+        self.output, self.files = output, files
         self.folder = output.with_name(output.name + ".partial")
         self.steps = self.folder / RECORDS / "steps"
         known = self.steps / "settings.json"
+        if not (self.steps / f"{_MOVED}.json").is_file():  # with it, what lies there may be ours
+            self._require_free(source)
         self._lock: int | None = _claim(self.folder)
         self._ours = False
         try:
@@ -53,6 +64,8 @@ class Workspace:
                 )
             if self.resumed:
                 self._compare(self.read("settings"), settings)
+                _take_back(self.folder)
+                self._require_free(source)
             self._ours = True
             if not self.resumed:
                 self.steps.mkdir(parents=True, exist_ok=True)
@@ -77,6 +90,11 @@ class Workspace:
             if self._lock is not None:
                 os.close(self._lock)
             self._lock = None
+
+    def _require_free(self, source: Path | None) -> None:
+        """Check all names that a GGUF takes beside OUT's own, which may be no file's."""
+        for name in (self.records.name, *self.files) if self.files else ():
+            check_output(self.output.with_name(name), source)
 
     def _compare(self, before: Any, now: dict[str, Any]) -> None:
         before = before if isinstance(before, dict) else {}
@@ -104,7 +122,7 @@ class Workspace:
 
     def damaged(self, what: str) -> CheckpointError:
         """The error that says that a file of an unfinished run cannot be gone on from."""
-        return CheckpointError(f"{self.folder}: the unfinished run is damaged ({what}); delete it to start again")
+        return _damaged(self.folder, what)
 
     def write(self, step: str, value: Any) -> None:
         """Store a step's result; it counts as done only when all of it is on disk."""
@@ -117,11 +135,21 @@ class Workspace:
     @property
     def records(self) -> Path:
         """Where the run record and the directions go."""
-        return self.folder / RECORDS
+        return self.folder / records_of(self.output.name if self.files else "")
+
+    @property
+    def result(self) -> Path:
+        """What is opened of the result while it is here: the folder, or the (first) GGUF in it."""
+        return self.folder / self.files[0] if self.files else self.folder
+
+    @property
+    def card(self) -> Path:
+        """Where the model card goes."""
+        return (self.records if self.files else self.folder) / "README.md"
 
     @classmethod
     @contextmanager
-    def scratch(cls, output: Path, source: Path | None) -> Iterator[Workspace]:
+    def scratch(cls, output: Path, source: Path | None, files: tuple[str, ...] = ()) -> Iterator[Workspace]:
         """A new folder for work that is not resumable: dropped if the block does not publish it.
 
         What an earlier, killed one left is dropped as well.
@@ -131,10 +159,11 @@ class Workspace:
         if (left / RECORDS / "steps" / "settings.json").is_file():
             lock = _claim(left)
             try:
+                _take_back(left)
                 shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(lock)
-        with cls(output, source, {}, resume=False) as work:
+        with cls(output, source, {}, False, files) as work:
             try:
                 yield work
             finally:
@@ -154,7 +183,8 @@ class Workspace:
         """Force all of the folder to disk and rename it to OUT: from here on the result exists.
 
         The steps' files go last: a run that is killed before the rename can still go on, one that is killed after it
-        leaves them in a result that is complete.
+        leaves them in a result that is complete. Of a GGUF the records go first and the (first) file last; a run that
+        is killed between takes back what it had moved.
 
         Raises:
             UsageError: OUT appeared meanwhile.
@@ -162,6 +192,9 @@ class Workspace:
         for path in (*self.folder.rglob("*"), self.folder):
             if path.is_file() or path.is_dir():
                 sync(path)
+        if self.files:
+            self._publish_files()
+            return
         try:
             check_output(self.output, None)
             self.folder.rename(self.output)
@@ -174,6 +207,19 @@ class Workspace:
         shutil.rmtree(records / "steps")
         if not any(records.iterdir()):
             records.rmdir()  # what is published as it was holds no records of ours
+
+    def _publish_files(self) -> None:
+        moved = marks(self.folder, (self.records.name, *self.files[::-1]))
+        self.write(_MOVED, moved)
+        try:
+            move_out(self.folder, moved)
+        except OSError:
+            taken = [path for path in map(self.output.with_name, moved) if path.exists()]
+            if not taken:
+                raise
+            raise UsageError(f"{taken[0]}: appeared while the run lasted; the result is in {self.folder}") from None
+        sync(self.output.parent)
+        shutil.rmtree(self.folder)
 
 
 def _claim(folder: Path) -> int:
@@ -200,6 +246,10 @@ def _claim(folder: Path) -> int:
     return fd
 
 
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{folder}: the unfinished run is damaged ({what}); delete it to start again")
+
+
 def _busy(folder: Path) -> UsageError:
     return UsageError(f"{folder}: another run is writing to it; wait for it, or choose another output")
 
@@ -210,6 +260,16 @@ def _is_at(folder: Path, fd: int) -> bool:
         return os.path.samestat(folder.stat(follow_symlinks=False), os.fstat(fd))
     except FileNotFoundError:
         return False
+
+
+def _take_back(folder: Path) -> None:
+    """Put what a run that was killed meanwhile had moved out of its folder to where it was."""
+    known = folder / RECORDS / "steps" / f"{_MOVED}.json"
+    try:
+        moved = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    except ValueError:
+        raise _damaged(folder, known.name) from None
+    take_back(folder, moved)
 
 
 def _unfinished(step: Path) -> Path:

@@ -13,11 +13,12 @@ import pytest
 
 from abliterate.architecture import kept, llamacpp
 from abliterate.architecture.patterns import Architecture
-from abliterate.at_rest import find_model, inspect
+from abliterate.at_rest import find_model
 from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.edit.plan import plan_edit
 from abliterate.edit.writers import residual_writers
 from abliterate.errors import UnsupportedError
+from abliterate.inspection import inspect
 from tests import gguf_files as g
 
 EMBED = ("token_embd.weight", 1, None, False)
@@ -201,5 +202,5 @@ def test_inspect_shows_a_file(tmp_path: Path) -> None:
         ("MLP out", 2, 0, "F16", "post_feedforward_layernorm.weight"),
     }
     assert found.tied_head is not None
-    with pytest.raises(UnsupportedError, match=r"x\.gguf: GGUF files can be inspected"):
+    with pytest.raises(UnsupportedError, match=r"x\.gguf: GGUF files can be edited"):
         find_model(str(path))

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
-from abliterate.checkpoint.gguf_copy import copy_gguf
-from abliterate.checkpoint.gguf_file import read_gguf
+from abliterate.checkpoint.gguf_copy import head_from, lay_out_copy
+from abliterate.checkpoint.gguf_file import GgufFile, read_gguf
+from abliterate.checkpoint.safetensors_file import TensorInfo
 from abliterate.errors import UnsupportedError
 from tests.gguf_files import LITTLE, add, finish, of_all_types, tiny_gguf
+
+
+def copy_gguf(source: GgufFile, target: Path, *arguments: Any, **options: Any) -> dict[str, TensorInfo]:
+    """Lay a copy out and write it; its table of tensors."""
+    layout = lay_out_copy(source, target.name, *arguments, **options)
+    layout.write(source.path, target)
+    return layout.tensors
 
 
 def data_of(path: Path, name: str) -> bytes:
@@ -38,6 +47,13 @@ def test_a_copy_has_keys_added_and_all_else_as_it_was(tmp_path: Path) -> None:
     last = read_gguf(again).metadata
     assert (last["abliterate.note"], last["abliterate.n"], last["abliterate.tuned"]) == ("other", 4, True)
     assert len(last) == len(found.metadata)
+    # Headers come out of those of copies, what was replaced and what was not.
+    for base, made in ((source, found), (found, read_gguf(again))):
+        pieces = head_from(base, made)
+        whole = made.path.read_bytes()
+        head = b"".join(p if isinstance(p, bytes) else whole[slice(*p)] for p in pieces)
+        assert head == base.path.read_bytes()[: base.data]
+        assert sum(len(p) for p in pieces if isinstance(p, bytes)) < base.data / 2
 
 
 def test_a_copy_leaves_room_for_tensors_in_other_types(tmp_path: Path) -> None:

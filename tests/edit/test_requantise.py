@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.checkpoint import Checkpoint, TensorInfo, storage
-from abliterate.checkpoint.codecs import Float32Array, Raw
+from abliterate.checkpoint.codecs import Float32Array, Plain, Raw
 from abliterate.checkpoint.ggml_blocks import LAYOUTS, Blocks
 from abliterate.checkpoint.matrix import Matrix
 from abliterate.edit.projection import Removal, orthonormal
-from abliterate.edit.requantise import encode_along, move_columns, move_rows
+from abliterate.edit.requantise import encode, move_columns, move_rows
 from abliterate.edit.sidecar import Sidecar, read_records, restore
 from abliterate.errors import UnsupportedError, VerifyError
 
@@ -212,13 +212,18 @@ def test_types_whose_codes_stand_for_several_numbers_are_refused_with_the_way_ou
 
 @pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("dtype", ["Q4_K", "Q5_0", "MXFP4"])
-def test_numbers_of_any_origin_are_encoded_without_a_component_of_their_own(dtype: str, by_rows: bool) -> None:
-    codec, d = Blocks(dtype), basis(2)
-    values = np.random.default_rng(0).normal(size=(N, M)).astype(np.float32)
-    values -= (values @ d) @ d.T if by_rows else d @ (d.T @ values)
-    rows = np.arange(N)
-    plain = values.copy()
+def test_numbers_of_another_type_are_encoded_without_the_direction(dtype: str, by_rows: bool, tmp_path: Path) -> None:
+    codec, d, rows = Blocks(dtype), basis(2), np.arange(N)
+    base = np.random.default_rng(0).normal(size=(N, M)).astype(np.float32)
+    plain = base - (base @ d) @ d.T if by_rows else base - d @ (d.T @ base)
+    exact = plain.copy()
     codec.round(plain, rows)
-    ours = codec.decode(encode_along(values, dtype, d, 1.0, by_rows), rows)
-    left, at_once = (np.linalg.norm(w @ d if by_rows else d.T @ w) for w in (ours, plain))
-    assert left < 0.05 * at_once and np.linalg.norm(ours - values) < 1.1 * np.linalg.norm(plain - values)
+    (tmp_path / "a").write_bytes(base.tobytes())
+    (tmp_path / "b").write_bytes(bytes(N * codec.row_bytes(M)))
+    old, new = Matrix("w", "a", 0, N, M, Plain("F32")), Matrix("w", "b", 0, N, M, codec)
+    with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("r+b") as b:
+        told = encode(old, new, a.fileno(), b.fileno(), Removal(d), by_rows)
+        ours = new.values(b.fileno(), rows)
+    left, at_once = (float(np.linalg.norm(w @ d if by_rows else d.T @ w)) for w in (ours, plain))
+    assert left < 0.05 * at_once and np.linalg.norm(ours - exact) < 1.1 * np.linalg.norm(plain - exact)
+    assert np.sqrt(told.left) == pytest.approx(left, rel=0.1)

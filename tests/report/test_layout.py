@@ -21,7 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from abliterate import at_rest
+from abliterate import at_rest, inspection
 from abliterate.report.comparison import print_comparison
 from abliterate.report.layout import print_table, say
 from abliterate.report.record import RunRecord
@@ -86,7 +86,7 @@ def test_real_results_fit(width: int, refusing: Refusing, finished: tuple[RunRec
     assert any(line.startswith("refusals") and "100.0%" in line for line in shown)
     compared = at_rest.compare(str(refusing.folder), str(out)).as_dict
     assert max(map(len, lines_of(width, print_comparison, compared))) <= width
-    inspected = lines_of(width, print_inspection, vars(at_rest.inspect(str(refusing.folder))))
+    inspected = lines_of(width, print_inspection, vars(inspection.inspect(str(refusing.folder))))
     assert max(map(len, inspected)) <= width and any("64* × 128" in line for line in inspected)
     for line in (*shown, *inspected):
         assert "…" not in line and "\x1b" not in line

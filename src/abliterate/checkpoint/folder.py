@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint.naming import RECORDS
 from abliterate.checkpoint.opened import Checkpoint, stamp, take_samples
 from abliterate.checkpoint.safetensors_file import MAX_HEADER, TensorInfo, read_header
 from abliterate.errors import CheckpointError, UnsupportedError
@@ -24,8 +25,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FOREIGN_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
 #: What training leaves behind; optimizer state and the like do not belong to the model.
 NOT_SIDE_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
-#: The folder in which an edited checkpoint carries the record of its edit.
-RECORDS = "abliteration"
 #: Values of `quant_method` whose weights are codes with scales beside them: FP8 of several makers, and MXFP4.
 QUANTISED = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
 #: Of a JSON file; the longest index known has a tenth of these bytes, the deepest configuration a tenth of the levels.
@@ -51,7 +50,7 @@ def open_folder(path: Path) -> Checkpoint:
     shards = _shard_names(path, files)
     side = tuple(f for f in files if f not in shards and not _is_foreign(f))
     left_out = tuple(f for f in files if f not in shards and _is_foreign(f))
-    _check_links(path, (*shards, *side))
+    check_links(path, (*shards, *side))
     stamps = {f: stamp(path / f) for f in (*shards, *side)}
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -63,10 +62,13 @@ def open_folder(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", tensors, config, shards, side, left_out, _fingerprint(path, shards), stamps)
 
 
-def _check_links(path: Path, files: Iterable[str]) -> None:
+def check_links(path: Path, files: Iterable[str]) -> None:
     """Refuse links that lead out of the folder: a stranger's model could have any file copied into the result.
 
     A snapshot in the hub's cache consists of links into the `blobs` beside it.
+
+    Raises:
+        CheckpointError: one does; names it.
     """
     root = path.resolve()
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]

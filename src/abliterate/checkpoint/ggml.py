@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from abliterate.checkpoint.codecs import Array, Float32Array, Raw
-from abliterate.checkpoint.gguf_file import NUMBERS
+from abliterate.checkpoint.gguf_file import NUMBERS, TYPES
 from abliterate.errors import UnsupportedError
 
 #: The types that ggml encodes by the activations they will meet (an importance matrix), which a file does not keep.
@@ -68,6 +69,34 @@ def decode(raw: Raw, dtype: str, columns: int) -> Float32Array:
     source, values = np.ascontiguousarray(raw), np.empty((len(raw), columns), dtype=np.float32)
     run(source.ctypes.data, values.ctypes.data, values.size)
     return values
+
+
+class Opaque:
+    """Codec of a block type whose codes stand for several numbers at once, so that none is moved by itself."""
+
+    exact, work = False, np.float32
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        _, self._size, self._nbytes = TYPES[NUMBERS[dtype]]
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one stored row."""
+        return columns // self._size * self._nbytes
+
+    def decode(self, raw: Raw, rows: npt.NDArray[np.intp]) -> Array:  # noqa: ARG002
+        """As llama.cpp reads them."""
+        return decode(raw, self.dtype, raw.shape[1] // self._nbytes * self._size)
+
+    def round(self, values: Array, rows: npt.NDArray[np.intp]) -> Raw:
+        """As llama.cpp's encoder stores them."""
+        raw = encode(values, self.dtype, self.row_bytes(values.shape[1]))
+        values[...] = self.decode(raw, rows)
+        return raw
+
+    def words(self, values: Array, rows: npt.NDArray[np.intp], like: Raw) -> Array:  # noqa: ARG002
+        """The bytes of that form."""
+        return self.round(values, rows)
 
 
 def _function(library: ctypes.CDLL, name: str, result: type | None, *arguments: type) -> Callable[..., int]:

@@ -1,72 +1,111 @@
-"""Copy a GGUF file with keys added and tensors in other types, a few megabytes in memory at a time.
+"""The layout of a copy of a GGUF file with keys added and tensors in other types, and the way back to its header.
 
-Owns the layout of the new file. Never changes a byte of what it copies, and never knows what the tensors hold.
+Owns the header of the new file. Never changes a byte of what is copied, and never knows what the tensors hold.
 """
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from abliterate.checkpoint.gguf_file import MAGIC, NUMBERS, STRING, GgufFile, aligned, stored_bytes
-from abliterate.checkpoint.matrix import write_all
+from abliterate.checkpoint.layout import Layout, Piece, joined
 from abliterate.checkpoint.safetensors_file import TensorInfo
-from abliterate.checkpoint.stream import copy_range, create
 from abliterate.errors import UnsupportedError
 
 Added = Mapping[str, str | int | float | bool]
+#: A header in pieces: bytes of its own, and ranges `[start, stop)` of the header of a copy.
+Head = list[bytes | tuple[int, int]]
 #: Magic, version, and how many tensors and keys there are.
 _OPENING = struct.Struct("<4sIQQ")
 
 
-def copy_gguf(
+def lay_out_copy(
     source: GgufFile,
-    target: Path,
+    name: str,
     added: Added,
     types: Mapping[str, str] | None = None,
     left: Collection[str] = (),
-) -> dict[str, TensorInfo]:
-    """Write a copy of a file with the keys `added`, in place of those of these names; its table of tensors.
+) -> Layout:
+    """A copy called `name` with the keys `added`, in place of those of these names.
 
     All other metadata are copied byte by byte, and so are the tensors, but for those in `left` and those that `types`
-    gives another type: they are zeros, to be filled at the places of the table.
+    gives another type: they are noughts, to be filled at the places of the table.
 
     Raises:
         UnsupportedError: a tensor's rows are no whole number of blocks of the type it is to have.
-        ResourceError: the disk is full.
-        VerifyError: the source ends before its tensors.
     """
     head, spans = _keys(source, added)
     retyped = {n: _retyped(source, t, (types or {}).get(n, t.dtype)) for n, t in source.tensors.items()}
     table_at = _OPENING.size + sum(stop - start for start, stop in spans) + len(head)
     table, offset = bytearray(), 0
-    for name, tensor in retyped.items():
+    for tensor in retyped.values():
         table += _entry(tensor, offset)
-        retyped[name] = replace(tensor, file=target.name, offset=offset)
         offset = aligned(offset + tensor.nbytes, source.alignment)
-    data = aligned(table_at + len(table), source.alignment)
-    found = {name: replace(tensor, offset=data + tensor.offset) for name, tensor in retyped.items()}
+    data, offset = aligned(table_at + len(table), source.alignment), 0
+    found: dict[str, TensorInfo] = {}
+    for key, tensor in retyped.items():
+        found[key] = replace(tensor, file=name, offset=data + offset)
+        offset = aligned(offset + tensor.nbytes, source.alignment)
     n_keys = len(source.metadata) - len(source.metadata.keys() & added.keys()) + len(added)
-    pieces = list(_runs(_pieces(source, found, left)))
-    create(target, max([data + offset, *(to + stop - start for start, stop, to in pieces)]))
-    old, new = os.open(source.path, os.O_RDONLY), os.open(target, os.O_RDWR)
-    try:
-        opening = _OPENING.pack(MAGIC, source.version, len(found), n_keys)
-        write_all(new, memoryview(opening), 0, target.name)
-        to = _OPENING.size
-        for start, stop in spans:
-            copy_range(old, new, start, stop, source.path.name, to)
-            to += stop - start
-        write_all(new, memoryview(head + table), to, target.name)
-        for start, stop, to in pieces:
-            copy_range(old, new, start, stop, source.path.name, to)
-    finally:
-        os.close(old)
-        os.close(new)
+    pieces, to = list[Piece](), _OPENING.size
+    for start, stop in spans:
+        pieces.append((start, stop, to))
+        to += stop - start
+    pieces += data_pieces(source, found, left)
+    size = max([data + offset, *(to + stop - start for start, stop, to in pieces)])
+    opening = _OPENING.pack(MAGIC, source.version, len(found), n_keys)
+    return Layout(size, ((0, opening), (table_at - len(head), head + bytes(table))), tuple(joined(pieces)), found)
+
+
+def head_from(source: GgufFile, copy: GgufFile) -> Head:
+    """The header of `source`, all up to its tensors, out of that of a `copy` with keys added."""
+    pieces, at, whole = Head(), 0, min(source.data, source.size)
+    with source.path.open("rb") as old, copy.path.open("rb") as new:
+
+        def own(start: int, stop: int) -> bytes:
+            old.seek(start)
+            return old.read(stop - start)
+
+        for key, (start, stop) in source.spans.items():
+            first, last = copy.spans.get(key, (0, 0))
+            new.seek(first)
+            if last - first == stop - start and new.read(last - first) == own(start, stop):
+                pieces += [own(at, start), (first, last)]
+                at = stop
+        pieces.append(own(at, whole))
+    return _together(pieces)
+
+
+def _together(pieces: Head) -> Head:
+    """Ranges that follow one another as one, without empty pieces."""
+    found = Head()
+    for piece in pieces:
+        last = found[-1] if found else None
+        if isinstance(piece, tuple) and isinstance(last, tuple) and last[1] == piece[0]:
+            found[-1] = last[0], piece[1]
+        elif piece:
+            found.append(piece)
     return found
+
+
+def data_pieces(source: GgufFile, found: Mapping[str, TensorInfo], left: Collection[str]) -> Iterator[Piece]:
+    """What of a file's data is copied to where its tensors are `found`: those not in `left`, and what pads all.
+
+    A tensor in another type is not, nor what pads it.
+    """
+    for name, (old, end) in padded(source).items():
+        new = found[name]
+        if new.dtype == old.dtype:
+            start = old.offset + old.nbytes if name in left else old.offset
+            yield start, end, new.offset + start - old.offset
+
+
+def padded(source: GgufFile) -> dict[str, tuple[TensorInfo, int]]:
+    """Each tensor, and where what pads it ends."""
+    ends = [*[t.offset for t in source.tensors.values()][1:], source.size]
+    return {name: (t, end) for (name, t), end in zip(source.tensors.items(), ends, strict=False)}  # maybe no tensors
 
 
 def _keys(source: GgufFile, added: Added) -> tuple[bytes, list[tuple[int, int]]]:
@@ -103,28 +142,3 @@ def _entry(tensor: TensorInfo, offset: int) -> bytes:
     axes = tensor.shape[::-1]
     numbers = struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, NUMBERS[tensor.dtype], offset)
     return _text(tensor.name) + numbers
-
-
-def _pieces(source: GgufFile, found: Mapping[str, TensorInfo], left: Collection[str]) -> Iterator[tuple[int, int, int]]:
-    """What is copied of the data: bytes `[start, stop)` of the source and the place they go to, what pads them too."""
-    ends = [*[t.offset for t in source.tensors.values()][1:], source.size]
-    for (name, old), end in zip(source.tensors.items(), ends, strict=False):  # a part may have no tensors
-        new = found[name]
-        if new.dtype != old.dtype:
-            continue
-        start = old.offset + old.nbytes if name in left else old.offset
-        yield start, end, new.offset + start - old.offset
-
-
-def _runs(pieces: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Pieces that follow one another on both sides as one."""
-    run: tuple[int, int, int] | None = None
-    for start, stop, to in pieces:
-        if run is not None and run[1] == start and run[2] + run[1] - run[0] == to:
-            run = run[0], stop, run[2]
-            continue
-        if run is not None:
-            yield run
-        run = start, stop, to
-    if run is not None:
-        yield run

@@ -7,17 +7,17 @@ amounts to. Never knows which tensors write where.
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from abliterate.checkpoint.folder import check_links
 from abliterate.checkpoint.gguf_file import SCALARS, GgufFile, Listed, read_gguf, read_list
+from abliterate.checkpoint.naming import PART, gguf_names, records_of
 from abliterate.checkpoint.opened import Checkpoint, stamp, take_samples
 from abliterate.checkpoint.safetensors_file import TensorInfo
 from abliterate.errors import CheckpointError, UnsupportedError
 
 _CHUNK = 4 << 20
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 #: What is no model, by `general.type` or `general.architecture`, and what to give instead.
 _NO_MODEL = {
     "adapter": "a LoRA adapter; merge it into its base first (llama-export-lora), or give the base",
@@ -41,7 +41,7 @@ _STATED = {
 def open_gguf(path: Path) -> Checkpoint:
     """The checkpoint in a GGUF file, or in all parts of a split one of which `path` is the first.
 
-    Its folder is the file's, whose other files are no part of it.
+    Its folder is the file's; of the other files there only the records of an edit, beside it, belong to it.
 
     Raises:
         CheckpointError: the file is damaged, holds no weights, or a part is missing.
@@ -59,8 +59,17 @@ def open_gguf(path: Path) -> Checkpoint:
     _require_all(first, len(tensors))
     config = _config(first, architecture, len(tensors))
     names = tuple(part.path.name for part in parts)
-    stamps = {name: stamp(path.parent / name) for name in names}
-    return Checkpoint(path.parent, "gguf", tensors, config, names, (), (), _fingerprint(parts), stamps)
+    side = _records(path)
+    stamps = {name: stamp(path.parent / name) for name in (*names, *side)}
+    return Checkpoint(path.parent, "gguf", tensors, config, names, side, (), _fingerprint(parts), stamps)
+
+
+def _records(path: Path) -> tuple[str, ...]:
+    """The files of the records of an edit, by their names from the folder of the GGUF at `path` on."""
+    files = (path.parent / records_of(path.name)).rglob("*")
+    found = tuple(sorted(str(f.relative_to(path.parent)) for f in files if f.is_file()))
+    check_links(path.parent, found)
+    return found
 
 
 def _architecture(first: GgufFile) -> str:
@@ -83,13 +92,13 @@ def _parts(first: GgufFile) -> list[GgufFile]:
     count, number = _split(first)
     if count < 2:
         return [first]
-    named = _PART.fullmatch(first.path.name)
+    named = PART.fullmatch(first.path.name)
     if named is None or int(named[3]) != count or int(named[2]) != number + 1:
         raise CheckpointError(
             f"{first.path}: part {number + 1} of {count} by its header; expected a name that ends in "
             f"-{number + 1:05d}-of-{count:05d}.gguf: give the parts the names that they had"
         )
-    paths = [first.path.with_name(f"{named[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    paths = [first.path.with_name(name) for name in gguf_names(first.path.name, count)]
     if number:
         raise CheckpointError(f"{first.path}: part {number + 1} of {count}; give the first, {paths[0].name}")
     if missing := [path.name for path in paths if not path.is_file()]:

@@ -24,7 +24,8 @@ Rows = npt.NDArray[np.intp]
 class Matrix:
     """`rows x columns` numbers at byte `offset` of `file`, part of tensor `name`.
 
-    `stride` bytes lie from one row to the next where the matrix is some of the columns of a wider one.
+    `stride` bytes lie from one row to the next where the matrix is some of the columns of a wider one. What is written
+    goes `shift` bytes further on, where the file it is written to has it there.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Matrix:
     columns: int
     codec: Codec
     stride: int | None = None
+    shift: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -78,7 +80,7 @@ class Matrix:
         """
         raw = np.ascontiguousarray(raw)
         for first, last, at in self._runs(rows):
-            write_all(fd, memoryview(raw[first:last]).cast("B"), at, self.file)  # type: ignore[arg-type]
+            write_all(fd, memoryview(raw[first:last]).cast("B"), at + self.shift, self.file)  # type: ignore[arg-type]
 
     def _runs(self, rows: Rows) -> Iterator[tuple[int, int, int]]:
         """Half-open ranges of places in `rows` whose bytes follow one another, and where in the file they begin."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from abliterate.checkpoint.naming import records_of
 from abliterate.checkpoint.safetensors_file import TensorInfo
 from abliterate.errors import CheckpointError, VerifyError
 
@@ -45,6 +46,11 @@ class Checkpoint:
     def source(self) -> Path:
         """What it was opened from: the folder, or the GGUF file (of a split one the first part)."""
         return self.path / self.shards[0] if self.format == "gguf" else self.path
+
+    @property
+    def records(self) -> str:
+        """The folder in which records of an edit of it lie or would lie, from the folder `path` on."""
+        return records_of(self.source.name if self.format == "gguf" else "")
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,8 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from abliterate.checkpoint.codecs import FP8, PLAIN, Array, codec
+from abliterate.checkpoint.codecs import FP8, PLAIN, Array, Codec, Plain, codec
+from abliterate.checkpoint.ggml import Opaque
 from abliterate.checkpoint.ggml_blocks import LAYOUTS, Blocks
 from abliterate.checkpoint.matrix import Matrix
 from abliterate.checkpoint.opened import Checkpoint
@@ -142,6 +143,18 @@ def _blocks(tensor: TensorInfo, axis: int) -> Iterator[Matrix]:
         for first in range(0, columns, width):
             at, wide = start + how.row_bytes(first), min(width, columns - first)
             yield Matrix(tensor.name, tensor.file, at, rows, wide, how, stride)
+
+
+def slices(tensor: TensorInfo) -> Iterator[Matrix]:
+    """A GGUF's tensor of any type as its last two axes have it, each matrix whole: to be read, or written anew.
+
+    A vector is a matrix of one row.
+    """
+    shape, dtype = (1, 1, *tensor.shape), tensor.dtype
+    how: Codec = Plain(dtype) if dtype in PLAIN else Blocks(dtype) if dtype in LAYOUTS else Opaque(dtype)
+    rows, columns = shape[-2:]
+    for i in range(math.prod(shape[:-2])):
+        yield Matrix(tensor.name, tensor.file, tensor.offset + i * rows * how.row_bytes(columns), rows, columns, how)
 
 
 def whole(tensor: TensorInfo) -> Matrix | None:

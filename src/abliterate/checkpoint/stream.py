@@ -65,7 +65,8 @@ def copy_range(source: int, target: int, start: int, stop: int, file: str, to: i
         ResourceError: the disk is full.
     """
     first, last = -(-start // _ALIGNED) * _ALIGNED, stop // _ALIGNED * _ALIGNED
-    if to in (None, start) and first < last and sys.platform == "linux":
+    shift = 0 if to is None else to - start
+    if not shift and first < last and sys.platform == "linux":
         try:
             past = _shared(source, target, first, last) or _copied_directly(source, target, first, last, file)
         except OSError as error:
@@ -73,7 +74,7 @@ def copy_range(source: int, target: int, start: int, stop: int, file: str, to: i
         if past:
             _copy_cached(source, target, start, first, 0, file)
             start = last
-    _copy_cached(source, target, start, stop, 0 if to is None else to - start, file)
+    _copy_cached(source, target, start, stop, shift, file)
 
 
 def _shared(source: int, target: int, start: int, stop: int) -> bool:

@@ -19,7 +19,7 @@ EPILOG = """
 
 
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model as it was: a folder, a hub id or demo.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model as it was: folder, GGUF, hub id or demo.")],
     other: Annotated[str, typer.Argument(metavar="OTHER", help="What was made of it, by any tool.")],
     direction: Annotated[
         Optional[Path],
@@ -35,6 +35,9 @@ def compare(
 
     Runs nothing. Rank is that of a change beyond the rounding of its storage type; strength 1 means that what BASE
     has along the shared direction is gone in OTHER.
+
+    Two GGUFs can be compared, not a GGUF with a folder. Codes of block types bend the shared direction (cosine 0.94
+    instead of 1.00 on one model), and hide a second one of less than 40% of its size.
     """
     from abliterate.at_rest import compare as compare_verb
     from abliterate.report.comparison import print_comparison

@@ -15,6 +15,8 @@ EPILOG = """
   abliterate edit demo --direction demo.safetensors -o demo-abliterated
 
   abliterate edit ./my-model --direction mine.npy -o weaker --strength 0.6 --embeddings keep
+
+  abliterate edit model-Q4_K_M.gguf --direction mine.npy -o edited.gguf
 """
 
 
@@ -29,7 +31,7 @@ def edit(
             help="A file that select or compare wrote, a .npy of shape d or k × d, or a control vector in a .gguf.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.", metavar="OUT")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create, or GGUF.", metavar="OUT")],
     layer: Annotated[
         Optional[int],
         typer.Option(
@@ -41,12 +43,15 @@ def edit(
     keep_norms: options.KeepNorms = False,
     output_format: options.Format = "checkpoint",
     no_undo: options.NoUndo = False,
+    requantize: options.Requantize = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an edit that was interrupted.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Steps 3 and 4: project the direction out of every weight of MODEL that writes to the residual stream; save OUT.
 
     Needs no memory for the model: weights are rewritten a few rows at a time. OUT appears when it is complete.
+
+    MODEL may be a GGUF file here; of a split one, its first part. OUT.gguf then has its records in OUT.abliteration.
     """
     from abliterate.at_rest import edit as edit_verb
     from abliterate.report.table import print_run
@@ -54,7 +59,7 @@ def edit(
     with console.progress_bars("interrupted; --resume goes on with it") as steps:
         record = edit_verb(
             model, direction, output, resume=resume, steps=steps, layer=layer, strength=strength, embeddings=embeddings,
-            keep_norms=keep_norms, format=output_format, undo=not no_undo,
+            keep_norms=keep_norms, format=output_format, undo=not no_undo, requantize=requantize,
         )  # fmt: skip
     if as_json:
         console.print_json(record.as_dict)

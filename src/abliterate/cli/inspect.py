@@ -22,6 +22,7 @@ def inspect(
     model: options.Model,
     embeddings: options.Embeddings = "edit",
     no_undo: options.NoUndo = False,
+    requantize: options.Requantize = None,
     as_json: options.Json = False,
 ) -> None:
     """Which weights of MODEL write to the residual stream, what an edit would change and leave, what it would take.
@@ -30,11 +31,11 @@ def inspect(
 
     MODEL may be a GGUF file here; of a split one, its first part.
     """
-    from abliterate.at_rest import inspect as inspect_verb
+    from abliterate.inspection import inspect as inspect_verb
     from abliterate.report.table import print_inspection
 
     with console.progress_bars():
-        found = inspect_verb(model, embeddings=embeddings, undo=not no_undo)
+        found = inspect_verb(model, embeddings=embeddings, undo=not no_undo, requantize=requantize)
     if as_json:
         console.print_json(enveloped("inspection", asdict(found)))
     else:

@@ -161,6 +161,14 @@ NoUndo = Annotated[
     bool,
     typer.Option("--no-undo", help="Leave out the 1 to 3% of disk from which undo restores the base."),
 ]
+Requantize = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="TYPE",
+        help="Write the tensors of a GGUF whose type cannot be edited (IQ1 to IQ3, ternary) in this one, such as Q4_K.",
+        show_default="such a GGUF is refused",
+    ),
+]
 Layer = Annotated[
     Optional[int], typer.Option(help="Take the direction from this layer (from 0).", show_default="by causal test")
 ]

@@ -23,7 +23,8 @@ EPILOG = """
 
 def report(
     run: Annotated[
-        Path, typer.Argument(help="A folder that run or edit wrote, its run.json, or OUT.partial.", metavar="RUN")
+        Path,
+        typer.Argument(help="What run or edit wrote, its run.json, or OUT.partial.", metavar="RUN"),
     ],
     md: Annotated[bool, typer.Option("--md", help="Print the model card instead, as Markdown.")] = False,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Write to FILE.", metavar="FILE")] = None,

@@ -13,15 +13,17 @@ from abliterate.envelope import enveloped
 from abliterate.report.layout import say
 
 EPILOG = """
-[bold]Example[/bold]
+[bold]Examples[/bold]
 
   abliterate undo demo-abliterated -o demo-base
+
+  abliterate undo edited.gguf -o base.gguf
 """
 
 
 def undo(
-    edited: Annotated[str, typer.Argument(metavar="EDITED", help="A folder that run or edit wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.", metavar="OUT")],
+    edited: Annotated[str, typer.Argument(metavar="EDITED", help="What run or edit wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create, or GGUF.", metavar="OUT")],
     as_json: options.Json = False,
 ) -> None:
     """Restore the base of EDITED bit for bit into OUT, from what the edit kept beside the weights.

@@ -12,17 +12,21 @@ import numpy as np
 import numpy.typing as npt
 
 from abliterate.checkpoint.codecs import Array, Float32Array
+from abliterate.checkpoint.ggml_blocks import Blocks
 from abliterate.checkpoint.matrix import Matrix, Rows
 
 Float64Array = npt.NDArray[np.float64]
 
 #: Singular vectors looked for: more than any edit along a few directions has.
 SKETCH = 16
-#: Bits behind the leading one of the numbers of each storage type.
-MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2, "U8": 1}
+#: Bits behind the leading one of the numbers of each storage type whose steps grow with the numbers.
+_MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2, "U8": 1}
 #: How far a singular value must lie above what rounding alone may reach, and which part of the largest it must have:
 #: an edit that carries the remainders of rounding moves some rows by more than half a step.
 _ABOVE, _PART = 2.0, 0.03
+#: The same part for codes under block scales, of which more move where a direction is large: that bends it, and the
+#: second vector of such a change along one direction has up to a third of the first.
+_PART_OF_CODES = 0.4
 #: Vectors kept of a change of a rank that could be told, and of any other.
 _KEPT, _KEPT_OF_MANY = 8, 2
 #: Power iterations: with two, vectors whose values lie little above the noise are found to three digits.
@@ -31,24 +35,39 @@ _ROUNDS = 2
 
 @dataclass(frozen=True)
 class Pair:
-    """The same matrix in two checkpoints, and the open files that hold it; `bits` of the second's mantissa."""
+    """The same matrix in two checkpoints, the open files that hold it, and the second's storage type."""
 
     base: Matrix
     other: Matrix
     files: tuple[int, int]
-    bits: int
+    dtype: str
 
     def blocks(self) -> Iterator[tuple[Rows, Array, Array]]:
         """Rows, their numbers in the base and in the other, `[n, columns]`."""
         for rows in self.base.blocks():
             yield rows, self.base.values(self.files[0], rows), self.other.values(self.files[1], rows)
 
+    @property
+    def part(self) -> float:
+        """Which part of the largest singular value is more than what rounding makes of one direction."""
+        return _PART_OF_CODES if isinstance(self.other.codec, Blocks) else _PART
+
+    def steps(self, rows: Rows, other: Array) -> Float32Array:
+        """The distance from each number of the other to the next that its type can store there, `[n, columns]`."""
+        codec = self.other.codec
+        if isinstance(codec, Blocks):
+            mean = np.float32(np.diff(codec.levels).mean())
+            return np.abs(codec.grid(self.other.read(self.files[1], rows)).step) * mean
+        # 2 ** floor(log2 |x|) are the bits of the exponent alone.
+        power: Float32Array = (other.astype(np.float32).view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+        return power * np.float32(2.0 ** -_MANTISSA[self.dtype])
+
 
 @dataclass(frozen=True)
 class Change:
     """`Δ = other − base`: squared Frobenius norms of base, Δ and rounding, and the largest vectors of Δ above that.
 
-    `rank` counts singular values above rounding and above 3% of the largest, None where there are more than looked for
+    `rank` counts singular values above rounding and a part of the largest, None where there are more than looked for
     or much is left beside them. `left` `[rows, k]`,
     `sizes` `[k]` and `right` `[columns, k]` are its first singular vectors and values.
     """
@@ -77,7 +96,7 @@ def change_of(pair: Pair) -> Change:
     norms, row_noise, column_noise = np.zeros(2), np.zeros(rows), np.zeros(columns)
     left = np.empty((rows, wide), np.float32)
     for at, base, other in pair.blocks():
-        delta = _sizes(at, base, other, pair.bits, norms, row_noise, column_noise)
+        delta = _sizes(at, base, other, pair.steps(at, other), norms, row_noise, column_noise)
         left[at] = delta @ side
     if not np.isfinite(norms).all():
         for matrix, fd in ((pair.base, pair.files[0]), (pair.other, pair.files[1])):
@@ -92,13 +111,13 @@ def change_of(pair: Pair) -> Change:
             left[at] = (other - base).astype(np.float32) @ side
     u, sizes, v = np.linalg.svd(left.astype(np.float64), full_matrices=False)
     noise = float(row_noise.sum())
-    least = max(_ABOVE * (np.sqrt(row_noise.max()) + np.sqrt(column_noise.max())), _PART * sizes[0])
+    least = max(_ABOVE * (np.sqrt(row_noise.max()) + np.sqrt(column_noise.max())), pair.part * sizes[0])
     rank = int((sizes > least).sum())
     beside = float(norms[1] - np.square(sizes[:rank]).sum())
-    told = wide < SKETCH or (rank < wide and beside <= 2 * noise + _PART**2 * norms[1])
+    told = wide < SKETCH or (rank < wide and beside <= 2 * noise + pair.part**2 * norms[1])
     k = min(rank, _KEPT if told else _KEPT_OF_MANY)
     return Change(
-        float(norms[0]), float(norms[1]), noise, rank if told else None,
+        float(norms[0]), float(norms[1]), min(noise, beside) if told else noise, rank if told else None,
         u[:, :k].astype(np.float32), sizes[:k], (side @ v.T)[:, :k].astype(np.float32),
     )  # fmt: skip
 
@@ -107,7 +126,7 @@ def _sizes(
     rows: Rows,
     base: Array,
     other: Array,
-    bits: int,
+    steps: Float32Array,
     norms: Float64Array,
     row_noise: Float64Array,
     column_noise: Float64Array,
@@ -115,13 +134,10 @@ def _sizes(
     """Add a block to the sums, and return its difference."""
     delta: Float32Array = (other - base).astype(np.float32)
     norms += np.vdot(base, base), np.vdot(delta, delta)
-    # 2 ** floor(log2 |x|) are the bits of the exponent alone. A row without a change was not written.
-    steps = (other.astype(np.float32).view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
-    noise = np.square(np.where(delta.any(axis=1, keepdims=True), steps, np.float32(0)), dtype=np.float64) * (
-        4.0**-bits / 12
-    )
-    row_noise[rows] = noise.sum(axis=1)
-    column_noise += noise.sum(axis=0)
+    # Rounding is no more than the change: a row without one was not written, coarse codes hardly move.
+    noise, change = np.square(steps, dtype=np.float64) / 12, np.square(delta, dtype=np.float64)
+    row_noise[rows] = np.minimum(noise.sum(axis=1), change.sum(axis=1))
+    column_noise += np.minimum(noise.sum(axis=0), change.sum(axis=0))
     return delta
 
 

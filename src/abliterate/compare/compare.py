@@ -116,8 +116,8 @@ def compare_checkpoints(
     along = AlongBasis.together(a for _, a in tensors if a is not None)
     delta = sum(m.delta - m.rounding for c in real.values() for m in c)
     return Comparison(
-        base=str(base.path),
-        other=str(other.path),
+        base=str(base.source),
+        other=str(other.source),
         same=len(names.both) - len(differ),
         changed=[t for t, _ in tensors],
         rounded=[n for n, c in found.items() if c is not None and n not in real],
@@ -136,10 +136,16 @@ def compare_checkpoints(
 
 def _check(base: Checkpoint, other: Checkpoint, names: Names, width: int | None, given: Float32Array | None) -> None:
     """Check that there is something to compare, and that directions to compare with are as wide as the stream."""
+    if base.format != other.format:
+        gguf, folder = (base, other) if base.format == "gguf" else (other, base)
+        raise UnsupportedError(
+            f"{gguf.source}: a GGUF, whose tensors have other names and layouts than those of {folder.path}; convert "
+            "that with convert_hf_to_gguf.py of llama.cpp, to the same type, and compare the two GGUFs"
+        )
     if not names.both:
         raise CheckpointError(
-            f"{other.path}: none of its {len(other.tensors)} tensors has the name and shape of one in {base.path}; are "
-            "they of one architecture, saved alike?"
+            f"{other.source}: none of its {len(other.tensors)} tensors has the name and shape of one in {base.source}; "
+            "are they of one architecture, saved alike?"
         )
     if given is not None and width is not None and np.atleast_2d(given).shape[1] != width:
         raise VerifyError(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint import Checkpoint
-from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.gguf_file import Listed, read_gguf, read_list
+from abliterate.checkpoint.naming import RECORDS
 
 #: Settings that say which program wrote a file, and nothing of the model.
 _WRITTEN_BY = ("transformers_version", "_name_or_path", "_from_model_config")
@@ -25,8 +26,12 @@ _ABSENT = object()
 def side_differences(base: Checkpoint, other: Checkpoint) -> dict[str, list[str]]:
     """For each side file that is not the same in both, what differs, as lines; records of an edit are left out.
 
-    Settings are named by their path with both values, texts shown as a unified difference, others by their sizes.
+    Settings are named by their path with both values, texts shown as a unified difference, others by their sizes. Of
+    two GGUFs it is their metadata.
     """
+    if base.format == "gguf":
+        lines = list(_metadata(base.source, other.source))
+        return {"metadata": _first(lines)} if lines else {}
     one, two = (
         {name for name in c.side_files if not name.startswith(f"{RECORDS}/") and name != "README.md"}
         for c in (base, other)
@@ -36,9 +41,27 @@ def side_differences(base: Checkpoint, other: Checkpoint) -> dict[str, list[str]
     for name in sorted(one & two):
         lines = list(_differences(base.path / name, other.path / name))
         if lines:
-            more = [f"… and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
-            found[name] = lines[:_LINES] + more
+            found[name] = _first(lines)
     return found
+
+
+def _first(lines: list[str]) -> list[str]:
+    """As many as are shown, and how many more there are."""
+    return lines[:_LINES] + ([f"… and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])
+
+
+def _metadata(one: Path, two: Path) -> Iterator[str]:
+    """What differs between the metadata of two GGUFs."""
+    parts = [read_gguf(path) for path in (one, two)]
+    before, after = (
+        {
+            key: read_list(part.path, value) if isinstance(value, Listed) else value
+            for key, value in part.metadata.items()
+            if not key.startswith("abliterate.")
+        }
+        for part in parts
+    )
+    yield from _settings(before, after, "")
 
 
 def _differences(one: Path, two: Path) -> Iterator[str]:

@@ -15,8 +15,8 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from abliterate.checkpoint import Checkpoint, TensorInfo
-from abliterate.checkpoint.storage import logical_name, matrices
-from abliterate.compare.change import MANTISSA, Change, Pair, change_of
+from abliterate.checkpoint.storage import IN_PIECES, logical_name, matrices, slices
+from abliterate.compare.change import Change, Pair, change_of
 from abliterate.errors import UnsupportedError, VerifyError
 from abliterate.model.progress import Progress
 
@@ -102,8 +102,13 @@ class Files:
         axis = max(0, len(one.shape) - 2)
         if not one.shape:
             raise UnsupportedError(f"{self.base.path}: tensor '{name}' is a single number")
-        found = zip(matrices(self.base, one, axis), matrices(self.other, two, axis), strict=True)
-        return [Pair(a, b, self.fds(name), MANTISSA[two.dtype]) for a, b in found]
+        if self.base.format == "gguf":
+            if two.dtype not in IN_PIECES:
+                raise UnsupportedError(f"{self.other.source}: '{name}' is stored as {two.dtype}, without steps")
+            found = zip(slices(one), slices(two), strict=True)
+        else:
+            found = zip(matrices(self.base, one, axis), matrices(self.other, two, axis), strict=True)
+        return [Pair(a, b, self.fds(name), two.dtype) for a, b in found]
 
 
 def changed(files: Files, names: list[str], progress: Progress) -> list[str]:

@@ -19,13 +19,15 @@ import numpy as np
 
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.codecs import Float32Array
-from abliterate.checkpoint.folder import RECORDS
+from abliterate.checkpoint.layout import Layout
+from abliterate.checkpoint.naming import records_of
 from abliterate.checkpoint.storage import whole
 from abliterate.checkpoint.stream import copy_file, forget, sync
+from abliterate.edit.files import layouts, provenance
 from abliterate.edit.plan import EditPlan
 from abliterate.edit.projection import Removal, orthonormal
 from abliterate.edit.shard import EditRecord, PlannedTensor, ShardEdit, Workers
-from abliterate.edit.undo import SIDECARS, RestoredFile, WayBack, file_sha256, place_of
+from abliterate.edit.undo import SIDECARS, Header, RestoredFile, WayBack, base_name, file_sha256, place_of
 from abliterate.edit.untie import moved, untie
 from abliterate.edit.writers import ResidualWriter
 from abliterate.errors import VerifyError
@@ -82,12 +84,13 @@ def apply_edit(
     offset: float = 0.0,
     undo: bool = False,
     journal: Journal | None = None,
+    names: tuple[str, ...] = (),
 ) -> list[EditRecord]:
     """Write the edited checkpoint into folder `out`; one record for each edited tensor, in file order.
 
-    Shards keep their names, order and headers; every byte outside the planned tensors equals the source. Arithmetic
-    is float32 with one cast back, whose remainder is carried along the directions. A few blocks of rows are held for
-    each thread.
+    Shards keep their order and headers; every byte outside the planned tensors equals the source, but for the few keys
+    that a GGUF's header gets, and where its tensors lie. Arithmetic is float32 with one cast back, whose remainder is
+    carried along the directions. A few blocks of rows are held for each thread.
 
     Args:
         checkpoint: what to edit; never written to.
@@ -100,6 +103,7 @@ def apply_edit(
         offset: what the token embedding keeps along the direction instead of nothing.
         undo: keep what `undo` needs to restore the base bit for bit.
         journal: files that it says are finished are not written again.
+        names: what the files of weights are called in `out`, if not as in the checkpoint.
 
     Raises:
         VerifyError: a tensor to edit holds NaN or infinity, the directions do not fit, or a source file changed.
@@ -107,16 +111,21 @@ def apply_edit(
     """
     check_fits(checkpoint, plan, directions)
     kept: Journal = journal or Forgetful()
+    names = names or checkpoint.shards
+    records = out / records_of(names[0])
+    files = layouts(checkpoint, plan, names, provenance(checkpoint, plan, directions, strength))
     by_shard: dict[str, list[PlannedTensor]] = defaultdict(list)
     for writer in plan.writers:
         removal = removal_of(checkpoint, writer, directions, strength, keep_norms, offset)
-        tensor = PlannedTensor(checkpoint, writer, removal)
-        by_shard[tensor.info.file].append(tensor)
+        shard = checkpoint.tensors[writer.tensor].file
+        stored = files[checkpoint.shards.index(shard)].tensors[writer.tensor]
+        by_shard[shard].append(PlannedTensor(checkpoint, writer, removal, stored))
     for name in checkpoint.side_files:
-        copy_file(checkpoint.path / name, out / place_of(name))
-    results = _write_files(checkpoint, by_shard, out, kept, undo, progress)
+        copy_file(checkpoint.path / name, out / place_of(base_name(checkpoint, name), records.name))
+    targets = [out / name for name in names]
+    results = _write_files(checkpoint, by_shard, files, targets, kept, records if undo else None, progress)
     if undo:
-        _way_back(checkpoint, plan, results).save(out)
+        _way_back(checkpoint, plan, results, out, names).save(records)
     if plan.untied is not None:
         untie(checkpoint, plan.untied, out)
     sync(out)
@@ -126,13 +135,17 @@ def apply_edit(
 def _write_files(
     checkpoint: Checkpoint,
     by_shard: dict[str, list[PlannedTensor]],
-    out: Path,
+    files: list[Layout],
+    targets: list[Path],
     kept: Journal,
-    undo: bool,
+    records: Path | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Every file of weights that is not finished yet; of each the records of its tensors and their hashes before."""
-    files = {shard: f"edit {i}" for i, shard in enumerate(checkpoint.shards)}
+    """Every file of weights that is not finished yet; of each the records of its tensors and their hashes before.
+
+    What leads back goes into the folder `records`, if there is to be any.
+    """
+    steps = {shard: f"edit {i}" for i, shard in enumerate(checkpoint.shards)}
     with Workers.start(THREADS) as workers, ExitStack() as begun:
         waiting: deque[tuple[str, Path, ShardEdit]] = deque()
         synced: list[Future[None]] = []
@@ -143,20 +156,20 @@ def _write_files(
             result = {"records": [asdict(r) for r in done], "before": before}
             synced.append(workers.after.submit(_keep, target, kept.write, step, result))
 
-        for i, (shard, step) in enumerate(files.items()):
+        for i, (shard, step) in enumerate(steps.items()):
             if kept.done(step):
                 progress(len(by_shard[shard]))
                 continue
-            way_back = out / RECORDS / SIDECARS / f"{i:05d}.undo" if undo else None
-            edit = ShardEdit(checkpoint.path / shard, out / shard, by_shard[shard], workers, way_back)
-            waiting.append((step, out / shard, begun.enter_context(closing(edit))))
+            way_back = records / SIDECARS / f"{i:05d}.undo" if records is not None else None
+            edit = ShardEdit(checkpoint.path / shard, targets[i], by_shard[shard], workers, way_back, files[i])
+            waiting.append((step, targets[i], begun.enter_context(closing(edit))))
             if len(waiting) > 1:  # so that the workers always have jobs
                 finish(*waiting.popleft())
         while waiting:
             finish(*waiting.popleft())
         for future in synced:
             future.result()
-    return {shard: kept.read(step) for shard, step in files.items()}
+    return {shard: kept.read(step) for shard, step in steps.items()}
 
 
 def removal_of(
@@ -185,18 +198,21 @@ def _keep(target: Path, write: Callable[[str, Any], None], step: str, result: di
     write(step, result)
 
 
-def _way_back(checkpoint: Checkpoint, plan: EditPlan, results: dict[str, Any]) -> WayBack:
+def _way_back(
+    checkpoint: Checkpoint, plan: EditPlan, results: dict[str, Any], out: Path, names: tuple[str, ...]
+) -> WayBack:
     axes = {w.tensor: w.axis for w in plan.writers}
     files = [
         RestoredFile(
             shard,
-            moved(checkpoint).get(shard, shard) if plan.untied else shard,
+            moved(checkpoint).get(name, name) if plan.untied else name,
             f"{SIDECARS}/{i:05d}.undo" if result["before"] else None,
-            [(name, axes[name], sha256) for name, sha256 in result["before"].items()],
+            [(tensor, axes[tensor], sha256) for tensor, sha256 in result["before"].items()],
+            Header.of(checkpoint.path / shard, out / name) if checkpoint.format == "gguf" else None,
         )
-        for i, (shard, result) in enumerate(results.items())
+        for i, ((shard, result), name) in enumerate(zip(results.items(), names, strict=True))
     ]
-    side_files = {name: file_sha256(checkpoint.path / name) for name in checkpoint.side_files}
+    side_files = {base_name(checkpoint, n): file_sha256(checkpoint.path / n) for n in checkpoint.side_files}
     return WayBack(checkpoint.fingerprint, files, side_files)
 
 

@@ -6,15 +6,16 @@ Owns the plan and its translation into run-time sites; never applies it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from abliterate.architecture.patterns import Architecture
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.storage import matrices
+from abliterate.edit.retype import retyped
 from abliterate.edit.untie import Untied
 from abliterate.edit.writers import ResidualWriter, residual_writers
-from abliterate.errors import VerifyError
+from abliterate.errors import UnsupportedError, VerifyError
 from abliterate.model.sites import WriterSite
 
 Embeddings = Literal["edit", "keep", "untie"]
@@ -25,7 +26,8 @@ class EditPlan:
     """The writers that will be edited; `kept` maps writers left alone to the reason; `untouched` counts the rest.
 
     `untied` names the embedding from whose bytes the LM head gets a tensor of its own, and that tensor;
-    `shared_head` is whether the base's head shares its embedding's weights.
+    `shared_head` is whether the base's head shares its embedding's weights; `retyped` has the new types of tensors
+    whose own cannot be edited.
     """
 
     writers: tuple[ResidualWriter, ...]
@@ -34,6 +36,7 @@ class EditPlan:
     source: str
     untied: Untied | None = None
     shared_head: bool = False
+    retyped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tied_head(self) -> str | None:
@@ -78,7 +81,8 @@ class EditPlan:
         writers = tuple(replace(w, strength=strengths[w.place]) for w in self.writers if strengths.get(w.place))
         kept = {w.tensor: "strength 0" for w in self.writers if not strengths.get(w.place)}
         untied = self.untied if self.untied is not None and self.untied.embedding not in kept else None
-        return replace(self, writers=writers, kept=self.kept | kept, untied=untied)
+        retyped = {name: dtype for name, dtype in self.retyped.items() if name not in kept}
+        return replace(self, writers=writers, kept=self.kept | kept, untied=untied, retyped=retyped)
 
 
 def _site(writer: ResidualWriter, layer: int | None, module: str) -> WriterSite:
@@ -86,7 +90,12 @@ def _site(writer: ResidualWriter, layer: int | None, module: str) -> WriterSite:
     return WriterSite(layer, module, writer.gain_parameter, offset, writer.centred, writer.strength)
 
 
-def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit", known: Architecture | None = None) -> EditPlan:
+def plan_edit(
+    checkpoint: Checkpoint,
+    embeddings: Embeddings = "edit",
+    known: Architecture | None = None,
+    requantize: str | None = None,
+) -> EditPlan:
     """The plan to edit every residual writer of a checkpoint, by what is kept or learned of its class, or `known`.
 
     With `embeddings="edit"` the stream loses the direction entirely; an embedding that is tied to the LM
@@ -94,14 +103,25 @@ def plan_edit(checkpoint: Checkpoint, embeddings: Embeddings = "edit", known: Ar
     which is not edited; where they are not tied, that is the same as "edit". With "keep", what the embedding writes
     along the direction stays in the stream.
 
+    With `requantize`, tensors of a GGUF whose type cannot be edited get that one.
+
     Raises:
-        UnsupportedError: weights that cannot be placed, or are stored in a type that cannot be edited; names them.
+        UnsupportedError: weights that cannot be placed, or are stored in a type that cannot be edited; names them. Or
+            a GGUF's tied head is to be untied.
+        UsageError: `requantize` is no type, or the checkpoint no GGUF.
     """
     writers = residual_writers(checkpoint, known)
     kept = {w.tensor: "--embeddings keep" for w in writers if w.role == "embed" and embeddings == "keep"}
     edited = tuple(w for w in writers if w.tensor not in kept)
-    for w in edited:
+    names = [w.tensor for w in edited]
+    new_types = retyped(checkpoint, names, requantize) if requantize is not None else {}
+    for w in (w for w in edited if w.tensor not in new_types):
         next(matrices(checkpoint, checkpoint.tensors[w.tensor], w.axis), None)  # raises where it cannot be edited
     untied = next((Untied(w.tensor, w.tied_to) for w in edited if w.tied_to), None) if embeddings == "untie" else None
+    if untied is not None and checkpoint.format == "gguf":
+        raise UnsupportedError(
+            f"{checkpoint.source}: its LM head shares the embedding's weights, and a GGUF is given none of its own; "
+            "use --embeddings edit or keep, or untie the safetensors checkpoint and convert the result"
+        )
     untouched, shared = len(checkpoint.tensors) - len(writers), any(w.tied_to for w in writers)
-    return EditPlan(edited, kept, untouched, checkpoint.fingerprint, untied, shared)
+    return EditPlan(edited, kept, untouched, checkpoint.fingerprint, untied, shared, new_types)

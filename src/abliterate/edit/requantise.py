@@ -69,19 +69,21 @@ def move_rows(matrix: Matrix, source: int, target: int, removal: Removal, undo: 
     return Removed(*total.tolist())
 
 
-def encode_along(exact: Float32Array, dtype: str, basis: Float32Array, unit: float, by_rows: bool) -> Raw:
-    """The numbers `exact` `[n, columns]` in a block type, their component along `basis` (and no more) kept.
+def encode(old: Matrix, new: Matrix, source: int, target: int, removal: Removal, by_rows: bool) -> Removed:
+    """The projection of a matrix of any type into one of a block type, file to file.
 
-    llama.cpp's encoder chooses the scales. `unit` is the size of a component along `basis` that leaks are measured by.
+    llama.cpp's encoder chooses the scales for the exact result, and codes move until it has the component it should.
 
     Raises:
-        UnsupportedError: the encoder is not installed, or cannot encode this type.
+        UnsupportedError: the encoder is not installed.
+        VerifyError: as for `move_columns`.
     """
-    codec, stored = Blocks(dtype), exact.astype(np.float32)
-    like = codec.round(stored, np.arange(len(stored)))
-    units = np.full(exact.shape[0 if by_rows else 1], unit, np.float32)
-    numbers, _, _ = _settled(codec, codec.grid(like), exact - stored, basis, units, by_rows)
-    return codec.packed(numbers, like)
+    total = np.zeros(3)
+    for rows in old.blocks() if by_rows else [np.arange(old.rows)]:
+        edited = _edit(old, old.read(source, rows), source, removal, by_rows, _blocks(new))
+        new.write(target, rows, edited.raw)
+        total += edited.removed
+    return Removed(*total.tolist())
 
 
 def _blocks(matrix: Matrix) -> Blocks:
@@ -89,11 +91,16 @@ def _blocks(matrix: Matrix) -> Blocks:
     return matrix.codec
 
 
-def _edit(matrix: Matrix, before: Raw, source: int, removal: Removal, turned: bool) -> Edited:
-    """Stored rows with the directions taken out of their columns, or where `turned` out of themselves."""
-    codec, d = _blocks(matrix), removal.basis.astype(np.float32)
-    grid = codec.grid(before)
-    values = grid.values()
+def _edit(
+    matrix: Matrix, before: Raw, source: int, removal: Removal, turned: bool, into: Blocks | None = None
+) -> Edited:
+    """Stored rows with the directions taken out of their columns, or where `turned` out of themselves.
+
+    They keep their scales, or are stored anew `into` another type.
+    """
+    codec, d, rows = into or _blocks(matrix), removal.basis.astype(np.float32), np.arange(len(before))
+    grid = codec.grid(before) if into is None else None
+    values = matrix.codec.decode(before, rows) if grid is None else grid.values()
     along = ((values @ d).T if turned else d.T @ values).astype(np.float64)
     norm = float(np.vdot(values, values))
     if not np.isfinite(norm):
@@ -104,6 +111,11 @@ def _edit(matrix: Matrix, before: Raw, source: int, removal: Removal, turned: bo
         scale = norm_scale(np.einsum("ij,ij->i" if turned else "ij,ij->j", values, values), along, removal)
         across = scale[:, None] if turned else scale
         change = change * across + values * (across - 1)
+    if grid is None:
+        exact = values + change
+        stored = exact.copy()
+        before = codec.round(stored, rows)
+        change, grid = exact - stored, codec.grid(before)
     unit = np.linalg.norm(along, axis=0).astype(np.float32)
     numbers, multipliers, left = _settled(codec, grid, change, d, np.maximum(unit, unit.mean()), turned)
     asked = taken - (multipliers if scale is None else multipliers / scale)

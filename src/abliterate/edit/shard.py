@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +19,12 @@ from threadpoolctl import threadpool_limits
 
 from abliterate.checkpoint import Checkpoint, TensorInfo
 from abliterate.checkpoint.ggml_blocks import LAYOUTS
+from abliterate.checkpoint.layout import Layout
 from abliterate.checkpoint.storage import IN_PIECES, by_rows, matrices
-from abliterate.checkpoint.stream import copy_range, create, forget, gaps, tensor_sha256
+from abliterate.checkpoint.stream import copy_range, forget, tensor_sha256
 from abliterate.edit.projection import Removal, Removed, project_columns, project_rows
-from abliterate.edit.requantise import move_columns, move_rows
+from abliterate.edit.requantise import encode, move_columns, move_rows
+from abliterate.edit.retype import keep_whole, kept_whole, panels, reencode
 from abliterate.edit.sidecar import Sidecar
 from abliterate.edit.writers import ResidualWriter
 from abliterate.model.progress import Progress
@@ -53,35 +55,52 @@ class EditRecord:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor to edit, and what to take out of it."""
+    """One tensor to edit, what to take out of it, and where it lies when it is `stored`, perhaps in another type."""
 
     checkpoint: Checkpoint
     writer: ResidualWriter
     removal: Removal
+    stored: TensorInfo
 
     @property
     def info(self) -> TensorInfo:
         """Where it lies."""
         return self.checkpoint.tensors[self.writer.tensor]
 
+    @property
+    def retyped(self) -> bool:
+        """Whether it is stored in another type."""
+        return self.stored.dtype != self.info.dtype
+
     def jobs(self) -> int:
         """Into how many pieces its work falls; block-scaled ones share scales that only one thread should hold."""
-        if self.info.dtype not in IN_PIECES:
+        if self.retyped or self.info.dtype not in IN_PIECES:
             return 1
         return sum(1 for _ in matrices(self.checkpoint, self.info, self.writer.axis))
 
     def edit(
         self, number: int, job: tuple[int, int], source: int, target: int, sidecar: Sidecar | None
     ) -> list[Removed]:
-        """Project the pieces that fall to job `i` of `n`, from file to file; `number` is the tensor's in its file."""
-        along_rows = by_rows(self.info, self.writer.axis)
-        if self.info.dtype in LAYOUTS:
+        """Project the pieces that fall to job `i` of `n`, from file to file; `number` is the tensor's in its file.
+
+        One that gets a block type is encoded from its exact result; one that gets floats is written in them first, and
+        projected where it lies then.
+        """
+        along_rows, info, shift = by_rows(self.info, self.writer.axis), self.info, self.stored.offset - self.info.offset
+        if self.retyped and self.stored.dtype in LAYOUTS:
+            pairs = panels(info, self.stored, along_rows)
+            return [encode(old, new, source, target, self.removal, along_rows) for old, new in pairs]
+        if self.retyped:
+            reencode(info, self.stored, source, target)
+            source, info, shift, sidecar = target, self.stored, 0, None
+        if info.dtype in LAYOUTS:
             project = move_rows if along_rows else move_columns
         else:
             project = project_rows if along_rows else project_columns
         removed = []
-        for i, matrix in enumerate(matrices(self.checkpoint, self.info, self.writer.axis)):
+        for i, piece in enumerate(matrices(self.checkpoint, info, self.writer.axis)):
             if i % job[1] == job[0]:
+                matrix = replace(piece, shift=shift)
                 matrix.announce(source)
                 undo = sidecar.piece(number, i, matrix) if sidecar is not None else None
                 removed.append(project(matrix, source, target, self.removal, undo))
@@ -132,9 +151,10 @@ class ShardEdit:
     """
 
     def __init__(
-        self, source: Path, target: Path, tensors: list[PlannedTensor], workers: Workers, way_back: Path | None
-    ) -> None:
-        create(target, source.stat().st_size)
+        self, source: Path, target: Path, tensors: list[PlannedTensor], workers: Workers, way_back: Path | None,
+        layout: Layout,
+    ) -> None:  # fmt: skip
+        layout.begin(target)
         self._tensors, self._futures = tensors, list[Future[Any]]()
         jobs = [tensor.jobs() for tensor in tensors]
         self._left, self._lock, self._hashes = list(jobs), threading.Lock(), dict[str, tuple[str, str | None]]()
@@ -148,11 +168,12 @@ class ShardEdit:
                 [self._submit(workers.compute, self._edit, number, (job, of)) for job in range(of)]
                 for number, of in enumerate(jobs)
             ]
-            edited = [(t.info.offset, t.info.offset + t.info.nbytes) for t in tensors]
-            for start, stop in gaps(edited, os.fstat(self._new).st_size):
+            for start, stop, to in layout.copied:
                 for at in range(start, stop, _COPY):
-                    end = min(stop, at + _COPY)
-                    self._submit(workers.copy, copy_range, self._old, self._new, at, end, source.name)
+                    end, place = min(stop, at + _COPY), to + at - start
+                    self._submit(workers.copy, copy_range, self._old, self._new, at, end, source.name, place)
+            if way_back and (retyped := {t.info.name for t in tensors if t.retyped}):
+                self._submit(workers.copy, keep_whole, source, kept_whole(way_back), retyped)
             self.close = opened.pop_all().close
 
     def _submit(self, pool: ThreadPoolExecutor, job: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -168,9 +189,9 @@ class ShardEdit:
             last = not self._left[number]
         if last:
             before = tensor_sha256(self._old, tensor.info) if self._sidecar is not None else None
-            self._hashes[tensor.info.name] = tensor_sha256(self._new, tensor.info), before
+            self._hashes[tensor.info.name] = tensor_sha256(self._new, tensor.stored), before
             forget(self._old, tensor.info.offset, tensor.info.nbytes)
-            forget(self._new, tensor.info.offset, tensor.info.nbytes)
+            forget(self._new, tensor.stored.offset, tensor.stored.nbytes)
         return removed
 
     def finish(self, progress: Progress) -> tuple[list[EditRecord], dict[str, str]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abliterate.checkpoint import Checkpoint
-from abliterate.checkpoint.folder import INDEX, RECORDS, SINGLE
+from abliterate.checkpoint.folder import INDEX, SINGLE
+from abliterate.checkpoint.naming import RECORDS
 from abliterate.checkpoint.stream import copy_range, create, sync
 
 #: Where the files stand that an edit writes anew, as the base has them.

@@ -6,6 +6,7 @@ import json
 
 from jinja2 import Environment, StrictUndefined
 
+from abliterate.checkpoint.naming import is_gguf, records_of
 from abliterate.report.figures import COLUMNS, counted, judged_by, rows, settled, strengths, unjudged
 from abliterate.report.record import RunRecord
 
@@ -21,7 +22,7 @@ base_model_relation: {{ "adapter" if adapter else "finetune" }}
 {% for name, value in carried.items() %}
 {{ name }}: {{ value|json }}
 {% endfor %}
-library_name: {{ "peft" if adapter else "transformers" }}
+library_name: {{ "peft" if adapter else "gguf" if gguf else "transformers" }}
 tags: [abliterate, representation-engineering{{ "" if r.strengthens else ", directional-ablation" }}]
 ---
 
@@ -60,13 +61,16 @@ Use it for research, with safeguards of your own.
 - a LoRA adapter that changes {{ r.edits|length }} tensors of the base; merge it to have the edited weights
 {% else %}
 - edited: {{ r.edits|length }} tensors; all others are byte-identical to the base
+{% if r.retyped %}
+- stored in another type than in the base: {{ r.retyped|length }} of them
+{% endif %}
 - largest leak of an edited matrix after the cast: {{ "%.1e"|format(leak) }} of what was there
 {% endif %}
 {% if r.tied_head %}
 - the LM head {{ r.tied_head }}
 {% endif %}
 {% if r.resolved.undo and not adapter %}
-- `abliterate undo` restores the base bit for bit from the files in `abliteration/`
+- `abliterate undo` restores the base bit for bit from the files in `{{ records }}/`
 {% endif %}
 {% if elsewhere %}
 - the direction was found on another checkpoint than the base
@@ -96,7 +100,7 @@ harmful request is rather called harmful than a harmless one when the model is a
 {% else %}
 Nothing was measured on this checkpoint (`--no-eval`).
 {% endif %}
-The whole record, hashes included, is in `abliteration/run.json`; `abliteration/report.html` shows it in charts.
+The whole record, hashes included, is in `{{ records }}/run.json`; `{{ records }}/report.html` shows it in charts.
 """
 
 
@@ -114,6 +118,7 @@ def model_card(record: RunRecord, name: str) -> str:
         r=record, name=name, table=table, strengths=strengths(record), leak=worst, hub=hub, base=base,
         broken=counted(record.verdicts, "broken"), unjudged=unjudged(record.verdicts), judge=judged_by(record.metrics),
         settled=settled(record.charts).capitalize(), adapter=record.resolved["format"] == "adapter",
+        gguf=is_gguf(name), records=records_of(name),
         more=rate is not None and rate["edited"] > rate["base"],
         fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
         places=[f"layer {p['layer']}, position {p['position']}" for p in record.direction.get("parts", ())],

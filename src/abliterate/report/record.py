@@ -28,11 +28,12 @@ class RunRecord:
     `hub_id` is the base's name on the hub, if that is where it came from; `metrics` is a list of
     `{name, prompts, base, base_low, base_high, edited, low, high, n, method}`; `edits` holds one entry for each
     edited tensor with its leak after the cast; `tied_head` says what became of an LM head that shares the
-    embedding's weights; `front` holds the points of the tuning on validation prompts, which was picked and by what
-    rule, or why nothing was tuned; `controls` what directions that carry no refusal do, as `direction.controls` says;
-    `judge` who judged the answers; `seconds` wall time for each step; `charts` is what only the page shows: tables of
-    candidates by layer and position, projections by layer (means of the train prompts, and `along`, histograms of the
-    test prompts), counts by category, KL by prompt;
+    embedding's weights, `retyped` which tensors of a GGUF got which other type, as their own cannot be edited; `front`
+    holds the points of the tuning on validation prompts, which was picked and by what rule, or why nothing was tuned;
+    `controls` what directions that carry no refusal do, as `direction.controls` says; `judge` who judged the answers;
+    `seconds` wall time for each step; `charts` is what only the page shows: tables of candidates by layer and position,
+    projections by layer (means of the train prompts, and `along`, histograms of the test prompts), counts by category,
+    KL by prompt;
     `base_card` what the base's own card says of licence, language and task. Either may be empty.
     """
 
@@ -47,6 +48,7 @@ class RunRecord:
     untouched: int
     seconds: dict[str, float]
     tied_head: str | None = None
+    retyped: dict[str, str] = field(default_factory=dict)
     prompts: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     verdicts: dict[str, Any] = field(default_factory=dict)

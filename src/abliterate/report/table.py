@@ -89,6 +89,11 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
         worst = max((e["leak"] for e in record.edits), default=0.0)
         same = f"{record.untouched + len(record.kept)} tensors byte-identical"
         say(console, Text.assemble(("edited", "bold"), f" {strength}, largest leak after the cast {worst:.1e}; {same}"))
+    if record.retyped:
+        types = ", ".join(sorted(set(record.retyped.values())))
+        say(
+            console, Text.assemble(("in another type", "bold"), f" {len(record.retyped)} of these tensors, now {types}")
+        )
     if record.tied_head is not None:
         say(console, Text.assemble(("LM head", "bold"), f" {record.tied_head}"))
     if record.metrics:
