@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # No test may reach the hub: those about the hub name a local stand-in server themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads of torch that have nothing to do sleep: in models this small they would spin, and take the others' time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
