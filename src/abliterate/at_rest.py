@@ -91,7 +91,7 @@ def edit(
         except AbliterateError:
             work.discard_if_new()
             raise
-        found.save(work.records / "directions.safetensors")
+        found.save(work.record("directions.safetensors"))
         record = RunRecord(
             model=model,
             hub_id=hub_name(model),
@@ -294,8 +294,8 @@ def finish(work: Workspace, record: RunRecord) -> None:
         aside.parent.mkdir(parents=True, exist_ok=True)
         card.rename(aside)
     card.write_text(model_card(record, work.output.name), encoding="utf-8")
-    (work.records / PAGE).write_text(page(record, work.output.name), encoding="utf-8")
-    record.save(work.records / "run.json")
+    work.record(PAGE).write_text(page(record, work.output.name), encoding="utf-8")
+    record.save(work.record("run.json"))
     work.publish()
 
 

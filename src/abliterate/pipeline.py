@@ -234,7 +234,7 @@ class _Run:
                 f"--target-refusals: {self.work.folder} went on with {went_on}; resume with the same, or start again"
             )
         direction = chosen if found["picked"] is None else each[found["picked"]].direction
-        direction.save(self.work.records / "directions.safetensors")
+        direction.save(self.work.record("directions.safetensors"))
         return direction, tuned | {name: found[name] for name in ("picked", "rule", "base_refused")}
 
     def controls(self, shown: Contrast, direction: Direction) -> dict[str, Any]:

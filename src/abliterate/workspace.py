@@ -137,6 +137,11 @@ class Workspace:
         """Where the run record and the directions go."""
         return self.folder / records_of(self.output.name if self.files else "")
 
+    def record(self, name: str) -> Path:
+        """Where the record of this name goes, in a folder that is there."""
+        self.records.mkdir(exist_ok=True)
+        return self.records / name
+
     @property
     def result(self) -> Path:
         """What is opened of the result while it is here: the folder, or the (first) GGUF in it."""
