@@ -45,5 +45,5 @@ def test_a_gguf_becomes_a_gguf_and_a_folder_a_folder(tiny: Tiny, tmp_path: Path)
     base = chat_gguf(tmp_path / "base.gguf", folder)
     with pytest.raises(UsageError, match=r"of a GGUF comes a GGUF; choose a name that ends in \.gguf"):
         abliterate.run(str(base), tmp_path / "out", **ANY)
-    with pytest.raises(UsageError, match="comes a folder; leave out '.gguf'"):
+    with pytest.raises(UsageError, match=r"comes a folder; leave out '\.gguf'"):
         abliterate.run(str(folder), tmp_path / "out.gguf", **ANY)
