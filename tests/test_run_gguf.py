@@ -25,7 +25,7 @@ def test_a_gguf_is_run_from_start_to_end(tiny: Tiny, tmp_path: Path) -> None:
     base = chat_gguf(tmp_path / "base.gguf", tiny("llama", seed=0, dtype=torch.float32, vocab_size=263))
     (tmp_path / "text.txt").write_text("Some of this and some of that. " * 70)
     out, given = tmp_path / "out.gguf", ANY | {"text": str(tmp_path / "text.txt"), "dtype": "float32", "device": "cpu"}
-    record = abliterate.run(str(base), out, **given)
+    record = abliterate.run(str(base), out, engine="llama.cpp", **given)
     figures = {m["name"]: m for m in record.metrics}
     assert record.resolved["engine"] == "llama.cpp" and "leak" not in figures
     assert figures["kl_first_token"]["edited"] > 10 * abs(figures["kl_first_token"]["base"])
@@ -34,7 +34,7 @@ def test_a_gguf_is_run_from_start_to_end(tiny: Tiny, tmp_path: Path) -> None:
     verbs.undo(str(out), tmp_path / "back.gguf")
     bytes_of = [sha256(path.read_bytes()).digest() for path in (base, tmp_path / "back.gguf", out)]
     assert bytes_of[0] == bytes_of[1] != bytes_of[2]
-    shown = abliterate.run(str(base), tmp_path / "shown.gguf", engine="transformers", undo=False, **given)
+    shown = abliterate.run(str(base), tmp_path / "shown.gguf", undo=False, **given)
     leak = next(m for m in shown.metrics if m["name"] == "leak")
     assert leak["edited"] < 1e-4 < 1e-2 < leak["base"] and shown.resolved["engine"] == "transformers"
     assert open_checkpoint(tmp_path / "shown.gguf").tensors.keys() == open_checkpoint(base).tensors.keys()

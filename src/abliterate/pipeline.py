@@ -260,12 +260,13 @@ class _Run:
         return edits
 
     def compared(self) -> tuple[AnyModel, AnyModel]:
-        """Base and edited model, as they are measured: GGUF files in llama.cpp, unless options name another engine."""
+        """Base and edited model, as they are measured: in transformers, which takes a third of llama.cpp's time."""
         if self.options.format == "adapter":
             return self.base, step.load(self.checkpoint.source, self.options, adapter=self.work.folder)
         both = self.checkpoint, open_checkpoint(self.work.result)
         # Device and dtype are those the direction is found with.
-        if step.on_llama_cpp([*both], dataclasses.replace(self.options, device=None, dtype=None)):
+        found_with = dataclasses.replace(self.options, device=None, dtype=None)
+        if self.options.engine is not None and step.on_llama_cpp([*both], found_with):
             self._base = None  # as numbers it takes several times the memory of the file
             first, second = (step.load_native(model.source, self.options) for model in both)
             return first, second

@@ -104,6 +104,16 @@ Engine = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Measured = Annotated[
+    Optional[str],
+    typer.Option(
+        "--engine",
+        metavar="llama.cpp|transformers",
+        help="What measures a GGUF before and after; llama.cpp takes about three times as long.",
+        show_default="transformers",
+        rich_help_panel=_MODEL,
+    ),
+]
 NoGenerate = Annotated[
     bool,
     typer.Option(

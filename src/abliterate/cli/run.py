@@ -60,7 +60,7 @@ def run(
     device: options.Device = None,
     dtype: options.Dtype = None,
     memory: options.Memory = None,
-    engine: options.Engine = None,
+    engine: options.Measured = None,
     no_generate: options.NoGenerate = False,
     batch_size: options.BatchSize = options.DEFAULT.batch_size,
     max_new_tokens: options.MaxNewTokens = options.DEFAULT.max_new_tokens,
