@@ -16,18 +16,17 @@ from yaml import YAMLError, safe_load
 
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint, resolve_model
 from abliterate.checkpoint.gguf_file import read_gguf
-from abliterate.checkpoint.naming import gguf_names, is_gguf
-from abliterate.checkpoint.stream import require_disk, tensor_sha256
+from abliterate.checkpoint.stream import tensor_sha256
 from abliterate.compare.compare import Comparison, compare_checkpoints
 from abliterate.direction.direction import Direction
 from abliterate.direction.given import load_given
 from abliterate.edit.adapter import write_adapter
 from abliterate.edit.apply import apply_edit
-from abliterate.edit.plan import EditPlan, plan_edit
-from abliterate.edit.retype import larger
+from abliterate.edit.plan import EditPlan
 from abliterate.edit.undo import WayBack, undo_edit
 from abliterate.edit.untie import BASE_FILES
-from abliterate.errors import AbliterateError, UnsupportedError, UsageError, VerifyError
+from abliterate.errors import AbliterateError, UsageError, VerifyError
+from abliterate.formats import check_format, require_room, result_files, target_of
 from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options
 from abliterate.report.card import CARRIED_OVER, model_card
@@ -35,8 +34,6 @@ from abliterate.report.page import PAGE, page
 from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output, writable
 
-#: Disk that the way back and the records take, as a share of the model; measured at one to three hundredths.
-_BESIDE = 0.05
 #: Characters of a model's card in which its metadata must stand.
 _HEAD = 1 << 16
 
@@ -65,7 +62,8 @@ def edit(
 ) -> RunRecord:
     """Steps 3 and 4: project the directions in a file out of `model`, into the new folder `output`. Runs no model.
 
-    Of a GGUF `output` is a GGUF too, with its records in a folder beside it. Takes a file that `select` wrote, a `.npy`
+    Of a GGUF `output` is a GGUF too, with its records in a folder beside it, unless `format` names the other: then the
+    base is converted first, to `type`, and what came of it is edited. Takes a file that `select` wrote, a `.npy`
     of shape `[d_model]` or `[k, d_model]`, or a control vector in a `.gguf`; `layer` takes one layer's of directions by
     layer. An edit that was killed leaves `output.partial`, which `resume=True` takes up at the first unfinished file.
 
@@ -74,20 +72,21 @@ def edit(
     """
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
+    check_format(out, chosen)
     found = load_given(Path(direction), chosen.layer)
     _require_place_for_offset(found, direction, chosen)
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
-    files = result_files(out, checkpoint, chosen.format)
-    plan = plan_edit(checkpoint, chosen.embeddings, requantize=chosen.requantize).weighted(found.strengths)
-    require_room(out, checkpoint, plan)
+    target = target_of(out, checkpoint, chosen)
     given = {"model": model, "direction": str(direction), "output": str(output), **options}
     start = time.monotonic()
-    with Workspace(out, source, _edit_settings(checkpoint, found, chosen), resume, files) as work:
+    with Workspace(out, source, _edit_settings(checkpoint, found, chosen), resume, target.files) as work:
         try:
             work.write("given", given)
-            edits = write_edited(checkpoint, plan, found, work, chosen, steps)
+            base, plan = target.base(checkpoint, work, chosen, steps)
+            plan = plan.weighted(found.strengths)
+            edits = write_edited(base, plan, found, work, chosen, steps)
         except AbliterateError:
             work.discard_if_new()
             raise
@@ -97,7 +96,7 @@ def edit(
             hub_id=hub_name(model),
             model_fingerprint=checkpoint.fingerprint,
             given=given,
-            resolved=asdict(chosen) | {"n_layers": checkpoint.n_layers},
+            resolved=asdict(chosen) | {"type": target.type, "n_layers": checkpoint.n_layers},
             direction=found.where | {"rank": found.rank},
             edits=edits,
             kept=plan.kept,
@@ -109,27 +108,6 @@ def edit(
         )
         finish(work, record)
     return record
-
-
-def result_files(out: Path, checkpoint: Checkpoint, kind: str = "checkpoint") -> tuple[str, ...]:
-    """The names of the files at OUT where the checkpoint is a GGUF, none where OUT is a folder.
-
-    Raises:
-        UsageError: the name of OUT is one of the other kind.
-        UnsupportedError: an adapter of a GGUF is asked for.
-    """
-    if checkpoint.format != "gguf":
-        if is_gguf(out.name):
-            raise UsageError(f"--output {out}: of a safetensors checkpoint comes a folder; leave out '{out.suffix}'")
-        return ()
-    if kind == "adapter":
-        raise UnsupportedError(
-            f"{checkpoint.source}: adapters are for PEFT, which has none for a GGUF; leave out --format adapter, or "
-            "give the model's safetensors checkpoint"
-        )
-    if not is_gguf(out.name):
-        raise UsageError(f"--output {out}: of a GGUF comes a GGUF; choose a name that ends in .gguf")
-    return gguf_names(out.name, len(checkpoint.shards))
 
 
 def _require_place_for_offset(found: Direction, name: str | Path, options: Options) -> None:
@@ -152,7 +130,7 @@ def _edit_settings(checkpoint: Checkpoint, found: Direction, options: Options) -
         "offset": found.offset,
         **{
             name: getattr(options, name)
-            for name in ("strength", "embeddings", "keep_norms", "format", "undo", "requantize")
+            for name in ("strength", "embeddings", "keep_norms", "format", "type", "undo", "requantize")
         },
     }
 
@@ -245,23 +223,6 @@ def undo(edited: str, output: str | Path, *, steps: Steps = no_steps) -> Restore
         work.publish()
     files = len(way_back.files) + len(way_back.side_files)
     return Restored(str(output), way_back.base, tensors, files, round(time.monotonic() - start, 2))
-
-
-def require_room(out: Path, checkpoint: Checkpoint, plan: EditPlan | None = None) -> None:
-    """Check that the disk has room for a whole copy of the checkpoint, and what is kept beside it.
-
-    A plan says of which tensors the bytes are kept as well, as they get another type.
-
-    What an interrupted run has written there already is not needed again.
-
-    Raises:
-        ResourceError: it has not.
-    """
-    files = checkpoint.shards + checkpoint.side_files
-    nbytes = int((1 + _BESIDE) * sum((checkpoint.path / name).stat().st_size for name in files))
-    nbytes += larger(checkpoint, plan.retyped) if plan is not None else 0
-    there = sum(p.stat().st_size for p in out.with_name(f"{out.name}.partial").rglob("*") if p.is_file())
-    require_disk(out.parent, nbytes - there)
 
 
 def base_card(source: Path) -> dict[str, Any]:

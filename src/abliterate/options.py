@@ -18,6 +18,8 @@ LIMITS = {"train": 64, "validation": 48, "test": 64}
 MOST_DIRECTIONS = 8
 #: How a direction is made of two means, and what is left along it.
 METHODS = ("projected", "difference", "per-layer", "affine")
+#: What OUT can be: what MODEL is, an adapter for it, or either format whatever MODEL is.
+FORMATS = ("checkpoint", "adapter", "gguf", "safetensors")
 #: What runs a model.
 ENGINES = ("llama.cpp", "transformers")
 #: The judges that come with the package; any other is an endpoint.
@@ -44,7 +46,8 @@ class Options:
     target_refusals: float | None = None
     embeddings: Literal["edit", "keep", "untie"] = "edit"
     keep_norms: bool = False
-    format: Literal["checkpoint", "adapter"] = "checkpoint"
+    format: Literal["checkpoint", "adapter", "gguf", "safetensors"] = "checkpoint"
+    type: str | None = None
     undo: bool = True
     requantize: str | None = None
     device: str | None = None
@@ -104,8 +107,12 @@ class Options:
         if self.engine not in (None, *ENGINES):
             raise UsageError(f"--engine {self.engine}: expected {' or '.join(ENGINES)}")
         check_embeddings(self.embeddings)
-        if self.format not in ("checkpoint", "adapter"):
-            raise UsageError(f"--format {self.format}: expected checkpoint or adapter")
+        if self.format not in FORMATS:
+            raise UsageError(f"--format {self.format}: expected {', '.join(FORMATS)}")
+        if self.type is not None and self.format not in ("gguf", "safetensors"):
+            raise UsageError(f"--type {self.type}: is a GGUF's or a folder's; add --format gguf or safetensors")
+        if self.format == "gguf" and self.embeddings == "untie":
+            raise UsageError("--embeddings untie: a GGUF is given no LM head of its own; use --embeddings edit or keep")
         if self.format == "adapter" and self.keep_norms:
             raise UsageError("--format adapter: an edit that keeps norms is of full rank and fits none; leave out one")
 

@@ -15,16 +15,17 @@ from typing import Any
 from abliterate import find
 from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
-from abliterate.at_rest import base_card, check_edited, find_model, finish, require_room, result_files, write_edited
+from abliterate.at_rest import base_card, check_edited, find_model, finish, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
 from abliterate.contrast import Contrast, Held, depth
 from abliterate.direction.direction import Direction
 from abliterate.direction.front import Point, pick
 from abliterate.direction.profile import profile
-from abliterate.edit.plan import EditPlan, plan_edit
+from abliterate.edit.plan import EditPlan
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluate.judge import Judge
 from abliterate.evaluate.text import load_text
+from abliterate.formats import Target, check_format, target_of
 from abliterate.model.load import ChatModel, pick_device, pick_dtype
 from abliterate.model.memory import peak_memory
 from abliterate.model.native import AnyModel
@@ -49,29 +50,29 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     chosen, out = Options(**options), Path(output).expanduser()
     chosen.check()
     check_output(out, None)
+    check_format(out, chosen)
     sets = prompt_sets(chosen)
     load_text(chosen.text)  # one that cannot be read, and a judge that may not judge, show before hours of work
     source = find_model(model)
     check_output(out, source)
     checkpoint = open_checkpoint(source)
-    files = result_files(out, checkpoint, chosen.format)
-    plan = plan_edit(checkpoint, chosen.embeddings, requantize=chosen.requantize)
+    target = target_of(out, checkpoint, chosen)
     step.check_site(checkpoint, chosen)
-    require_room(out, checkpoint, plan)
     memory = step.bounded_memory([checkpoint] * (2 if chosen.evaluate else 1), chosen)
     judge = step.pick_judge(chosen, steps)
-    settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": _fitted(sets, chosen)}
+    settings = asdict(chosen) | {"model": checkpoint.fingerprint, "prompts": sets.fitted}
     settings["asked"] = step.asked_of(chosen)
     # Going on after "there is no refusal", without the comparison or with another one is a resume like any other.
     for name in ("force", "evaluate", "memory", "engine", "judge", "judge_model", "text", "target_refusals"):
         del settings[name]
     if chosen.keep is None:
         del settings["borderline"]
-    with Workspace(out, source, settings, resume, files) as work:
-        this = _Run(model, checkpoint, plan, sets, chosen, work, judge, steps, memory)
+    with Workspace(out, source, settings, resume, target.files) as work:
         given = {"model": model, "output": str(output), "resume": resume, **options}
         try:
             work.write("given", given)
+            at_rest, plan = target.base(checkpoint, work, chosen, steps)
+            this = _Run(model, checkpoint, at_rest, target, plan, sets, chosen, work, judge, steps, memory)
             record = this.record(given)
         except AbliterateError:
             work.discard_if_new()
@@ -82,10 +83,15 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
 
 @dataclass
 class _Run:
-    """What the steps of one run share: sources, options, and how long each step took."""
+    """What the steps of one run share: sources, options, and how long each step took.
+
+    `checkpoint` is what the direction is found in, `at_rest` what it is taken out of: the same, or converted from it.
+    """
 
     name: str
     checkpoint: Checkpoint
+    at_rest: Checkpoint
+    target: Target
     plan: EditPlan
     sets: Sets
     options: Options
@@ -250,27 +256,44 @@ class _Run:
         """Steps 3 and 4."""
         resumed = self.work.done("edit")
         edits: list[dict[str, Any]] = self.step(
-            "edit", lambda: write_edited(self.checkpoint, self.plan, direction, self.work, self.options, self.steps)
+            "edit", lambda: write_edited(self.at_rest, self.plan, direction, self.work, self.options, self.steps)
         )
-        if resumed and self.options.format == "checkpoint":
+        if resumed and self.options.format != "adapter":
             try:
                 check_edited(self.work.result, edits)
             except AbliterateError as error:
                 raise self.work.damaged(str(error)) from None
         return edits
 
+    def natively(self, *models: Checkpoint) -> bool:
+        """Whether llama.cpp measures them: where it is asked to, and what was converted for it here.
+
+        Else transformers does, which takes a third of the time, and does not read all that llama.cpp does.
+        """
+        made = self.at_rest is not self.checkpoint and self.at_rest.format == "gguf"
+        engine: Any = self.options.engine or ("llama.cpp" if made else "transformers")
+        # Device and dtype are those the direction is found with.
+        return step.on_llama_cpp([*models], dataclasses.replace(self.options, device=None, dtype=None, engine=engine))
+
     def compared(self) -> tuple[AnyModel, AnyModel]:
-        """Base and edited model, as they are measured: in transformers, which takes a third of llama.cpp's time."""
+        """What was edited, before and after."""
         if self.options.format == "adapter":
             return self.base, step.load(self.checkpoint.source, self.options, adapter=self.work.folder)
-        both = self.checkpoint, open_checkpoint(self.work.result)
-        # Device and dtype are those the direction is found with.
-        found_with = dataclasses.replace(self.options, device=None, dtype=None)
-        if self.options.engine is not None and step.on_llama_cpp([*both], found_with):
+        both = self.at_rest, open_checkpoint(self.work.result)
+        if self.natively(*both):
             self._base = None  # as numbers it takes several times the memory of the file
             first, second = (step.load_native(model.source, self.options) for model in both)
             return first, second
+        if self.at_rest is not self.checkpoint:
+            self._base = None  # so that no more than two are in memory
+            self._base = step.load(both[0].source, self.options, self.memory)
         return self.base, step.load(both[1].source, self.options, self.memory)
+
+    def check_measurable(self) -> None:
+        """Check before hours of work that the engine which is to measure a GGUF that was made here can run it."""
+        if self.at_rest.format == "gguf" and not self.natively(self.at_rest, self.at_rest):
+            model = step.load(self.at_rest.source, self.options, self.memory)
+            step.check_runs(model, self.at_rest, self.sets.harmful)
 
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
@@ -296,6 +319,8 @@ class _Run:
 
     def record(self, given: dict[str, Any]) -> RunRecord:
         """All steps in order, and their record."""
+        if self.at_rest.format != self.checkpoint.format and self.options.evaluate and not self.work.done("observe"):
+            self.check_measurable()
         observed = self.observe()
         stats = self.collect(observed)
         shown = self.contrast(observed)
@@ -310,6 +335,7 @@ class _Run:
             "device": str(device),
             "dtype": str(pick_dtype(self.options.dtype, device)).removeprefix("torch."),
             "engine": evaluation["engine"],
+            "type": self.target.type,
             "n_layers": self.checkpoint.n_layers,
         }
         return RunRecord(
@@ -318,7 +344,7 @@ class _Run:
             model_fingerprint=self.checkpoint.fingerprint,
             given=given,
             resolved=resolved,
-            prompts=_measured(self.sets, evaluation["borderline"]),
+            prompts=self.sets.measured(evaluation["borderline"]),
             direction=direction.where | {"rank": direction.rank},
             edits=edits,
             kept=self.plan.kept,
@@ -337,18 +363,3 @@ class _Run:
             charts=choice["charts"] | evaluation["charts"],
             base_card=base_card(self.checkpoint.source),
         )
-
-
-def _fitted(sets: Sets, options: Options) -> dict[str, Any]:
-    """What is fitted and chosen on, and measured: a resumed run may name other borderline prompts to measure on."""
-    found = sets.described
-    if options.keep is None:
-        del found["borderline"]
-    return found
-
-
-def _measured(sets: Sets, borderline: dict[str, Any]) -> dict[str, Any]:
-    """All sets, with the borderline prompts that were measured, by an earlier part of this run perhaps."""
-    found = sets.described
-    found["borderline"]["test"] = borderline
-    return found

@@ -40,6 +40,17 @@ class Sets:
         found.setdefault("borderline", {})["test"] = described(self.borderline)
         return found
 
+    @property
+    def fitted(self) -> dict[str, Any]:
+        """What is fitted and chosen on, and measured: a resumed run may name other borderline prompts to measure on."""
+        return {k: v for k, v in self.described.items() if k != "borderline" or self.lose is not self.harmful}
+
+    def measured(self, borderline: dict[str, Any]) -> dict[str, Any]:
+        """All sets, with the borderline prompts that were measured, by an earlier part of this run perhaps."""
+        found = self.described
+        found["borderline"]["test"] = borderline
+        return found
+
 
 def described(prompts: PromptSet) -> dict[str, Any]:
     """Name, size and hash of a set."""

@@ -34,6 +34,9 @@ class Workspace:
     does not.
     """
 
+    #: The folder, beside the steps' files, of what the work needs and no result holds.
+    ASIDE = "aside"
+
     def __init__(
         self, output: Path, source: Path | None, settings: dict[str, Any], resume: bool, files: tuple[str, ...] = ()
     ) -> None:
@@ -45,7 +48,7 @@ class Workspace:
         """
         check_output(output, source)
         self.output, self.files = output, files
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = self.place(output)
         self.steps = self.folder / RECORDS / "steps"
         known = self.steps / "settings.json"
         if not (self.steps / f"{_MOVED}.json").is_file():  # with it, what lies there may be ours
@@ -132,6 +135,16 @@ class Workspace:
         sync(partial)
         partial.replace(target)
 
+    @staticmethod
+    def place(output: Path) -> Path:
+        """The folder where OUT is made."""
+        return output.with_name(output.name + ".partial")
+
+    @property
+    def aside(self) -> Path:
+        """A place, to be made, for files that `publish` drops."""
+        return self.steps / self.ASIDE
+
     @property
     def records(self) -> Path:
         """Where the run record and the directions go."""
@@ -160,7 +173,7 @@ class Workspace:
         What an earlier, killed one left is dropped as well.
         """
         check_output(output, source)
-        left = output.with_name(output.name + ".partial")
+        left = cls.place(output)
         if (left / RECORDS / "steps" / "settings.json").is_file():
             lock = _claim(left)
             try:
@@ -194,6 +207,11 @@ class Workspace:
         Raises:
             UsageError: OUT appeared meanwhile.
         """
+        dropped = self.steps / "dropped"
+        shutil.rmtree(dropped, ignore_errors=True)
+        if self.aside.exists():
+            self.aside.rename(dropped)  # first: what is half gone may not have its name
+            shutil.rmtree(dropped)
         for path in (*self.folder.rglob("*"), self.folder):
             if path.is_file() or path.is_dir():
                 sync(path)

@@ -42,7 +42,7 @@ def test_one_direction_edits_a_folder_and_its_gguf_alike(tiny: Tiny, tmp_path: P
     to_gguf(open_checkpoint(tmp_path / "folder"), tmp_path / "converted.gguf", "f32")
     back = tmp_path / "back"
     back.mkdir()
-    to_safetensors(open_checkpoint(tmp_path / "edited.gguf"), back, "float32")
+    to_safetensors(open_checkpoint(tmp_path / "edited.gguf"), back, "f32")
     assert along(base, r) > 0.1
     assert along(tmp_path / "folder", r) < 1e-5 and along(back, r) < 1e-5
     before, edited, converted = (

@@ -41,7 +41,7 @@ def test_a_folder_comes_back_as_what_it_was(family: str, config: dict[str, Any],
     file, folder = tmp_path / "x.gguf", tmp_path / "back"
     to_gguf(open_checkpoint(base), file, "f32")
     folder.mkdir()
-    to_safetensors(open_checkpoint(file), folder, "float32")
+    to_safetensors(open_checkpoint(file), folder, "f32")
     first, second = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (base, folder))
     assert {n: torch.equal(p, second.get_parameter(n)) for n, p in first.named_parameters()} == dict.fromkeys(
         dict(first.named_parameters()), True
@@ -60,7 +60,7 @@ def test_blocks_become_the_numbers_that_llama_cpp_computes_with(tiny: Tiny, tmp_
     base = worded(tiny("mistral", dtype=torch.float32, vocab_size=320), tmp_path)
     to_gguf(open_checkpoint(base), file, "q8_0")
     folder.mkdir()
-    to_safetensors(open_checkpoint(file), folder, "float32")
+    to_safetensors(open_checkpoint(file), folder, "f32")
     ids = [3, 5, 7, 9, 11]
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0, -1].numpy()
@@ -74,11 +74,12 @@ def test_blocks_become_the_numbers_that_llama_cpp_computes_with(tiny: Tiny, tmp_
 
 def test_what_transformers_would_read_otherwise_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     file, folder = tmp_path / "x.gguf", tmp_path / "back"
-    to_gguf(open_checkpoint(tiny("llama", rope_parameters=STRETCHED | {"factor": 5.0})), file, "bf16")
+    odd = tiny("llama", vocab_size=320, rope_parameters=STRETCHED | {"factor": 5.0})
+    to_gguf(open_checkpoint(worded(odd, tmp_path)), file, "bf16")
     folder.mkdir()
     with pytest.raises(UnsupportedError, match="not Llama's"):
         to_safetensors(open_checkpoint(file), folder)
-    with pytest.raises(UsageError, match="--dtype int8"):
+    with pytest.raises(UsageError, match="--type int8"):
         to_safetensors(open_checkpoint(file), folder, "int8")
     unknown = g.tiny_gguf(tmp_path / "u.gguf", "plamo", [g.LLAMA])
     with pytest.raises(UnsupportedError, match="'plamo': transformers cannot load it"):

@@ -17,6 +17,8 @@ EPILOG = """
   abliterate edit ./my-model --direction mine.npy -o weaker --strength 0.6 --embeddings keep
 
   abliterate edit model-Q4_K_M.gguf --direction mine.npy -o edited.gguf
+
+  abliterate edit ./my-model --direction mine.npy -o edited.gguf --format gguf --type q4_k_m
 """
 
 
@@ -42,6 +44,7 @@ def edit(
     embeddings: options.Embeddings = "edit",
     keep_norms: options.KeepNorms = False,
     output_format: options.Format = "checkpoint",
+    stored_type: options.Type = None,
     no_undo: options.NoUndo = False,
     requantize: options.Requantize = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an edit that was interrupted.")] = False,
@@ -59,7 +62,7 @@ def edit(
     with console.progress_bars("interrupted; --resume goes on with it") as steps:
         record = edit_verb(
             model, direction, output, resume=resume, steps=steps, layer=layer, strength=strength, embeddings=embeddings,
-            keep_norms=keep_norms, format=output_format, undo=not no_undo,
+            keep_norms=keep_norms, format=output_format, type=stored_type, undo=not no_undo,
             requantize=requantize,
         )  # fmt: skip
     if as_json:

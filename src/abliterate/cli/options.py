@@ -110,7 +110,7 @@ Measured = Annotated[
         "--engine",
         metavar="llama.cpp|transformers",
         help="What measures a GGUF before and after; llama.cpp takes about three times as long.",
-        show_default="transformers",
+        show_default="transformers; llama.cpp where --format gguf converts",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -176,8 +176,20 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        metavar="checkpoint|adapter",
-        help="What OUT is: a whole checkpoint, or the same edit as a LoRA adapter for PEFT, a few megabytes.",
+        metavar="checkpoint|adapter|gguf|safetensors",
+        help="What OUT is: a whole checkpoint in MODEL's format, or the same edit as a LoRA adapter for PEFT, a few "
+        "megabytes. gguf: OUT.gguf for llama.cpp; safetensors: a folder. Of the other format MODEL is converted first, "
+        "and what came of it is edited.",
+    ),
+]
+Type = Annotated[
+    Optional[str],
+    typer.Option(
+        "--type",
+        metavar="TYPE",
+        help="What to convert to: with --format gguf one of llama.cpp's mixes such as q4_k_m, q8_0 or f16; with "
+        "--format safetensors bf16, f16 or f32.",
+        show_default="bf16",
     ),
 ]
 NoUndo = Annotated[

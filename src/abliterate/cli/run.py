@@ -21,6 +21,8 @@ EPILOG = """
   abliterate run ./my-model -o declines-more --strength -0.5
 
   abliterate run ./model-Q4_K_M.gguf -o edited.gguf
+
+  abliterate run ./my-model -o edited.gguf --format gguf --type q4_k_m
 """
 
 
@@ -55,6 +57,7 @@ def run(
     embeddings: options.Embeddings = "edit",
     keep_norms: options.KeepNorms = False,
     output_format: options.Format = "checkpoint",
+    stored_type: options.Type = None,
     no_undo: options.NoUndo = False,
     requantize: options.Requantize = None,
     device: options.Device = None,
@@ -74,9 +77,8 @@ def run(
 ) -> None:
     """Find the refusal direction of MODEL, project it out, save OUT, and measure what changed.
 
-    OUT is a complete checkpoint in the format MODEL came in; the record is OUT/abliteration/run.json (of out.gguf it is
-    out.abliteration/run.json).
-    It appears only when everything is done: an interrupted run leaves OUT.partial, and --resume goes on.
+    OUT is a complete checkpoint in the format MODEL came in, unless --format names another; the record is
+    OUT/abliteration/run.json (of out.gguf it is out.abliteration/run.json). It appears only when everything is done: an interrupted run leaves OUT.partial, and --resume goes on.
     """
     if (model is None) == (model_option is None):
         raise typer.BadParameter("give one MODEL (or --model MODEL)")
@@ -94,7 +96,7 @@ def run(
             chat_template=str(chat_template) if chat_template else None, thinking=thinking,
             layer=layer, position=position, method=method, directions=directions,
             strength=strength, max_kl=max_kl, keep=keep, tune=tune, target_refusals=target_refusals,
-            embeddings=embeddings, keep_norms=keep_norms, format=output_format, undo=not no_undo,
+            embeddings=embeddings, keep_norms=keep_norms, format=output_format, type=stored_type, undo=not no_undo,
             requantize=requantize, device=device, dtype=dtype, memory=memory, engine=engine, generate=not no_generate,
             batch_size=batch_size, max_new_tokens=max_new_tokens, judge=judge, judge_model=judge_model,
             text=str(text) if text else None,

@@ -42,13 +42,7 @@ def to_gguf(checkpoint: Checkpoint, out: Path, mix: str = "bf16", progress: Prog
         ResourceError: the disk is full.
         VerifyError: a number does not fit the type.
     """
-    if mix not in MIXES:
-        raise UsageError(f"--type {mix}: expected {', '.join(MIXES)}")
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(checkpoint.path)
-    family = family_of(checkpoint.path, config)
-    sources = _named(checkpoint, family, config)
+    config, family, sources = _sources(checkpoint, mix)
     vocabulary = vocabulary_of(checkpoint.path, sources["token_embd.weight"].shape[0])
     writer = _writer(out, family)
     number, most = MIXES[mix]
@@ -74,6 +68,29 @@ def to_gguf(checkpoint: Checkpoint, out: Path, mix: str = "bf16", progress: Prog
     finally:
         os.close(fd)
     sync(out)
+
+
+def size_of(checkpoint: Checkpoint, mix: str) -> int:
+    """Bytes that the tensors of a folder's model take in a mix.
+
+    Raises:
+        UsageError, UnsupportedError: as `to_gguf` says.
+    """
+    config, family, sources = _sources(checkpoint, mix)
+    shapes = {name: tensor.shape for name, tensor in sources.items()}
+    types = types_of(shapes, mix, _model(config, family, sources))
+    return sum(stored_bytes(types[name], shape) or 0 for name, shape in shapes.items())
+
+
+def _sources(checkpoint: Checkpoint, mix: str) -> tuple[Any, Family, dict[str, TensorInfo]]:
+    """A folder's configuration, its family, and the stored tensors by their names in a GGUF."""
+    if mix not in MIXES:
+        raise UsageError(f"--type {mix}: expected {', '.join(MIXES)}")
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    family = family_of(checkpoint.path, config)
+    return config, family, _named(checkpoint, family, config)
 
 
 def _writer(out: Path, family: Family) -> Any:

@@ -61,6 +61,9 @@ Use it for research, with safeguards of your own.
 {% if adapter %}
 - a LoRA adapter that changes {{ r.edits|length }} tensors of the base; merge it to have the edited weights
 {% else %}
+{% if r.converted %}
+- converted to {{ r.converted }} first; what is called the base below is the model in that type
+{% endif %}
 - edited: {{ r.edits|length }} tensors; all others are byte-identical to the base
 {% if r.retyped %}
 - stored in another type than in the base: {{ r.retyped|length }} of them

@@ -83,6 +83,12 @@ class RunRecord:
         return math.inf if self.tuned else float(self.resolved["max_kl"])
 
     @property
+    def converted(self) -> str | None:
+        """The type of the base that was edited, where the model was converted to it first."""
+        found: str | None = self.resolved.get("type")
+        return found
+
+    @property
     def strengthens(self) -> bool:
         """Whether the edit adds to the direction: refusals are to rise."""
         return bool(self.resolved["strength"] < 0)

@@ -95,6 +95,8 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
         worst = max((e["leak"] for e in record.edits), default=0.0)
         same = f"{record.untouched + len(record.kept)} tensors byte-identical"
         say(console, Text.assemble(("edited", "bold"), f" {strength}, largest leak after the cast {worst:.1e}; {same}"))
+    if record.converted:
+        say(console, Text.assemble(("converted", "bold"), f" to {record.converted} first; the base is the model in it"))
     if record.retyped:
         types = ", ".join(sorted(set(record.retyped.values())))
         say(
