@@ -78,7 +78,8 @@ def run(
     """Find the refusal direction of MODEL, project it out, save OUT, and measure what changed.
 
     OUT is a complete checkpoint in the format MODEL came in, unless --format names another; the record is
-    OUT/abliteration/run.json (of out.gguf it is out.abliteration/run.json). It appears only when everything is done: an interrupted run leaves OUT.partial, and --resume goes on.
+    OUT/abliteration/run.json (of out.gguf it is out.abliteration/run.json).
+    It appears only when everything is done: an interrupted run leaves OUT.partial, and --resume goes on.
     """
     if (model is None) == (model_option is None):
         raise typer.BadParameter("give one MODEL (or --model MODEL)")

@@ -48,10 +48,10 @@ def to_safetensors(checkpoint: Checkpoint, folder: Path, dtype: str = "bf16") ->
 
     require_disk(folder, decoded_size(checkpoint, dtype))
     tokenizer = gguf_tokenizer(checkpoint.source)
-    model = gguf_model(checkpoint.source, getattr(torch, DTYPES[dtype]))
-    if stretched := _stretched(checkpoint, model.config):
-        model.config.rope_parameters = model.config.rope_parameters | stretched
     with without_bars():
+        model = gguf_model(checkpoint.source, getattr(torch, DTYPES[dtype]))
+        if stretched := _stretched(checkpoint, model.config):
+            model.config.rope_parameters = model.config.rope_parameters | stretched
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
