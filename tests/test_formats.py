@@ -18,7 +18,7 @@ from abliterate.checkpoint import open_checkpoint
 from abliterate.convert.to_gguf import to_gguf
 from abliterate.convert.to_safetensors import to_safetensors
 from abliterate.edit import apply
-from abliterate.errors import AbliterateError, ResourceError, VerifyError
+from abliterate.errors import AbliterateError, ResourceError, UsageError, VerifyError
 from tests.convert.test_across import along
 from tests.convert.test_to_safetensors import worded
 from tests.llama import Llama
@@ -179,6 +179,8 @@ def test_a_run_measures_what_was_edited(root: Path, tmp_path: Path) -> None:
         "force": True, "layer": 1, "position": -1, "limit": 8, "max_new_tokens": 4, "tune": False,
         "text": str(tmp_path / "text.txt"), "dtype": "float32", "device": "cpu",
     }  # fmt: skip
+    with pytest.raises(UsageError, match="--engine llama.cpp: runs GGUF files, and OUT is a folder"):
+        abliterate.run(str(root / "base"), tmp_path / "o", engine="llama.cpp", **given)
     record = abliterate.run(str(root / "base"), tmp_path / "o.gguf", format="gguf", type="q8_0", **given)
     figures = {m["name"]: m for m in record.metrics}
     assert record.resolved["engine"] == "llama.cpp" and record.converted == "q8_0"

@@ -37,6 +37,11 @@ class Target:
     files: tuple[str, ...]
     type: str | None = None
 
+    @property
+    def made(self) -> bool:
+        """Whether a GGUF is made of a folder."""
+        return bool(self.files) and self.type is not None
+
     def base(
         self, checkpoint: Checkpoint, work: Workspace, options: Options, steps: Steps
     ) -> tuple[Checkpoint, EditPlan]:

@@ -5,7 +5,6 @@ Owns the order and what makes a finished step; computes nothing itself.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -265,22 +264,12 @@ class _Run:
                 raise self.work.damaged(str(error)) from None
         return edits
 
-    def natively(self, *models: Checkpoint) -> bool:
-        """Whether llama.cpp measures them: where it is asked to, and what was converted for it here.
-
-        Else transformers does, which takes a third of the time, and does not read all that llama.cpp does.
-        """
-        made = self.at_rest is not self.checkpoint and self.at_rest.format == "gguf"
-        engine: Any = self.options.engine or ("llama.cpp" if made else "transformers")
-        # Device and dtype are those the direction is found with.
-        return step.on_llama_cpp([*models], dataclasses.replace(self.options, device=None, dtype=None, engine=engine))
-
     def compared(self) -> tuple[AnyModel, AnyModel]:
         """What was edited, before and after."""
         if self.options.format == "adapter":
             return self.base, step.load(self.checkpoint.source, self.options, adapter=self.work.folder)
         both = self.at_rest, open_checkpoint(self.work.result)
-        if self.natively(*both):
+        if step.measured_natively([*both], self.options, self.target.made):
             self._base = None  # as numbers it takes several times the memory of the file
             first, second = (step.load_native(model.source, self.options) for model in both)
             return first, second
@@ -288,12 +277,6 @@ class _Run:
             self._base = None  # so that no more than two are in memory
             self._base = step.load(both[0].source, self.options, self.memory)
         return self.base, step.load(both[1].source, self.options, self.memory)
-
-    def check_measurable(self) -> None:
-        """Check before hours of work that the engine which is to measure a GGUF that was made here can run it."""
-        if self.at_rest.format == "gguf" and not self.natively(self.at_rest, self.at_rest):
-            model = step.load(self.at_rest.source, self.options, self.memory)
-            step.check_runs(model, self.at_rest, self.sets.harmful)
 
     def evaluate(self, direction: Direction, tokens: list[int]) -> dict[str, Any]:
         """Before and after, on the test prompts."""
@@ -319,8 +302,8 @@ class _Run:
 
     def record(self, given: dict[str, Any]) -> RunRecord:
         """All steps in order, and their record."""
-        if self.at_rest.format != self.checkpoint.format and self.options.evaluate and not self.work.done("observe"):
-            self.check_measurable()
+        if self.target.made and not self.work.done("observe"):
+            step.check_measurable(self.at_rest, self.options, self.memory, self.sets.harmful)
         observed = self.observe()
         stats = self.collect(observed)
         shown = self.contrast(observed)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 from abliterate import observe as observing
 from abliterate.activations.collect import collect, collect_sets
@@ -96,6 +97,30 @@ def on_llama_cpp(models: list[Checkpoint], options: Options) -> bool:
     free = parse_bytes(options.memory) if options.memory is not None else available(pick_device("cpu"))
     require_as_stored(models, free)
     return True
+
+
+def measured_natively(models: list[Checkpoint], options: Options, made: bool) -> bool:
+    """Whether llama.cpp measures what a run has edited: where it is asked to, and GGUF files that were `made` for it.
+
+    Else transformers does, which takes a third of the time, and does not read all that llama.cpp does.
+
+    Raises:
+        UsageError, ResourceError: as `on_llama_cpp` says.
+    """
+    engine: Literal["llama.cpp", "transformers"] = options.engine or ("llama.cpp" if made else "transformers")
+    # Device and dtype are those the direction is found with.
+    return on_llama_cpp(models, dataclasses.replace(options, device=None, dtype=None, engine=engine))
+
+
+def check_measurable(made: Checkpoint, options: Options, memory: int | None, prompts: Splits) -> None:
+    """Check before hours of work that what is to measure a GGUF that was made here can run it.
+
+    Raises:
+        UnsupportedError, VerifyError: transformers does not load it, or takes it for another model.
+        ResourceError: it does not fit in memory.
+    """
+    if options.evaluate and not measured_natively([made, made], options, True):
+        check_runs(load(made.source, options, memory), made, prompts)
 
 
 def load_native(source: Path, options: Options) -> NativeModel:
