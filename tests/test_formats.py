@@ -18,7 +18,8 @@ from abliterate.checkpoint import open_checkpoint
 from abliterate.convert.to_gguf import to_gguf
 from abliterate.convert.to_safetensors import to_safetensors
 from abliterate.edit import apply
-from abliterate.errors import AbliterateError, ResourceError, UsageError, VerifyError
+from abliterate.edit.plan import plan_edit
+from abliterate.errors import AbliterateError, ResourceError, UnsupportedError, UsageError, VerifyError
 from tests.convert.test_across import along
 from tests.convert.test_to_safetensors import worded
 from tests.llama import Llama
@@ -142,6 +143,18 @@ def test_room_and_change_of_the_base_are_checked(root: Path, tmp_path: Path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_strengths_found_in_a_folder_have_their_places_in_its_gguf(root: Path) -> None:
+    plans = [plan_edit(open_checkpoint(root / name)) for name in ("base", "base.gguf")]
+    assert len(plans[0].places) == 7 and plans[0].places == plans[1].places and plans[0].sites == plans[1].sites
+
+
+def test_a_gguf_that_cannot_be_measured_is_named_before_the_work(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="does not load a GGUF of architecture 'olmo2'; leave it out"):
+        given = {"format": "gguf", "engine": "transformers", "limit": 8, "tune": False}
+        abliterate.run(str(tiny("olmo2")), tmp_path / "out.gguf", **given)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("model", "out", "options", "words"), [
     ("base", "o", {"format": "gguf"}, "--output .*: with --format gguf comes a GGUF"),
     ("base", "o.gguf", {}, "or add --format gguf"),
@@ -179,7 +192,7 @@ def test_a_run_measures_what_was_edited(root: Path, tmp_path: Path) -> None:
         "force": True, "layer": 1, "position": -1, "limit": 8, "max_new_tokens": 4, "tune": False,
         "text": str(tmp_path / "text.txt"), "dtype": "float32", "device": "cpu",
     }  # fmt: skip
-    with pytest.raises(UsageError, match="--engine llama.cpp: runs GGUF files, and OUT is a folder"):
+    with pytest.raises(UsageError, match=r"--engine llama\.cpp: runs GGUF files, and OUT is a folder"):
         abliterate.run(str(root / "base"), tmp_path / "o", engine="llama.cpp", **given)
     record = abliterate.run(str(root / "base"), tmp_path / "o.gguf", format="gguf", type="q8_0", **given)
     figures = {m["name"]: m for m in record.metrics}

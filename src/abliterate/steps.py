@@ -20,7 +20,7 @@ from abliterate.architecture.blockwise import why_not_blockwise
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.scan import require_finite
 from abliterate.direction.direction import Direction
-from abliterate.errors import UsageError, VerifyError
+from abliterate.errors import UnsupportedError, UsageError, VerifyError
 from abliterate.evaluate.agreement import agreed
 from abliterate.evaluate.classifier import CLASSIFIER
 from abliterate.evaluate.endpoint import connect
@@ -119,8 +119,16 @@ def check_measurable(made: Checkpoint, options: Options, memory: int | None, pro
         UnsupportedError, VerifyError: transformers does not load it, or takes it for another model.
         ResourceError: it does not fit in memory.
     """
-    if options.evaluate and not measured_natively([made, made], options, True):
-        check_runs(load(made.source, options, memory), made, prompts)
+    if not options.evaluate or measured_natively([made, made], options, True):
+        return
+    try:
+        model = load(made.source, options, memory)
+    except UnsupportedError:
+        raise UnsupportedError(
+            f"--engine transformers: does not load a GGUF of architecture '{made.model_type}'; leave it out, and "
+            "llama.cpp measures it"
+        ) from None
+    check_runs(model, made, prompts)
 
 
 def load_native(source: Path, options: Options) -> NativeModel:

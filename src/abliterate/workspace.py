@@ -208,10 +208,9 @@ class Workspace:
             UsageError: OUT appeared meanwhile.
         """
         dropped = self.steps / "dropped"
-        shutil.rmtree(dropped, ignore_errors=True)
-        if self.aside.exists():
-            self.aside.rename(dropped)  # first: what is half gone may not have its name
-            shutil.rmtree(dropped)
+        for path in (dropped, self.aside):
+            if path.exists():
+                shutil.rmtree(path.rename(dropped))  # what is half gone may not have its name
         for path in (*self.folder.rglob("*"), self.folder):
             if path.is_file() or path.is_dir():
                 sync(path)
