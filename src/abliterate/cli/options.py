@@ -176,10 +176,10 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        metavar="checkpoint|adapter|gguf|safetensors",
-        help="What OUT is: a whole checkpoint in MODEL's format, or the same edit as a LoRA adapter for PEFT, a few "
-        "megabytes. gguf: OUT.gguf for llama.cpp; safetensors: a folder. Of the other format MODEL is converted first, "
-        "and what came of it is edited.",
+        metavar="FORMAT",
+        help="What OUT is. checkpoint: what MODEL is. adapter: the same edit as a LoRA adapter for PEFT, a few "
+        "megabytes. gguf: OUT.gguf for llama.cpp; safetensors: a folder; where MODEL is the other, it is converted "
+        "first and then edited.",
     ),
 ]
 Type = Annotated[
