@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[0] = str(Path(__file__).parent.parent)  # in this script's own folder `gguf` is the script, not the package
+sys.path.pop(0)  # in this script's own folder `gguf` is the script, not the package
 
 import abliterate
 from abliterate import verbs
