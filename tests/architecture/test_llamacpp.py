@@ -13,7 +13,6 @@ import pytest
 
 from abliterate.architecture import kept, llamacpp
 from abliterate.architecture.patterns import Architecture
-from abliterate.at_rest import find_model
 from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.edit.plan import plan_edit
 from abliterate.edit.writers import residual_writers
@@ -202,5 +201,3 @@ def test_inspect_shows_a_file(tmp_path: Path) -> None:
         ("MLP out", 2, 0, "F16", "post_feedforward_layernorm.weight"),
     }
     assert found.tied_head is not None
-    with pytest.raises(UnsupportedError, match=r"x\.gguf: GGUF files can be edited"):
-        find_model(str(path))
