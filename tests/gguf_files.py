@@ -11,6 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from abliterate.checkpoint.ggml_blocks import LAYOUTS, Blocks
+from abliterate.checkpoint.gguf_names import name_map
 
 #: More memory than reading any header takes: the window and the table.
 LITTLE = 4 << 20
@@ -178,7 +179,7 @@ def chat_gguf(
     config = json.loads((folder / "config.json").read_text())
     architecture, heads, groups = (config[k] for k in ("model_type", "num_attention_heads", "num_key_value_heads"))
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
-    names = gguf.get_tensor_name_map(dict(map(reversed, gguf.MODEL_ARCH_NAMES.items()))[architecture], 9)
+    names = name_map(dict(map(reversed, gguf.MODEL_ARCH_NAMES.items()))[architecture], 9)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])

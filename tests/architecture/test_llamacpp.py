@@ -14,6 +14,7 @@ import pytest
 from abliterate.architecture import kept, llamacpp
 from abliterate.architecture.patterns import Architecture
 from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoint.gguf_names import name_map
 from abliterate.edit.plan import plan_edit
 from abliterate.edit.writers import residual_writers
 from abliterate.errors import UnsupportedError
@@ -201,3 +202,12 @@ def test_inspect_shows_a_file(tmp_path: Path) -> None:
         ("MLP out", 2, 0, "F16", "post_feedforward_layernorm.weight"),
     }
     assert found.tied_head is not None
+
+
+def test_one_architecture_leaves_the_names_of_others_alone() -> None:
+    """Its own table is written into that of all by `gguf` itself: arctic and llama give one name two meanings."""
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    stored = "model.layers.0.post_attention_layernorm.weight"
+    before = name_map(numbers["llama"], 1).get_name(stored, (".weight",))
+    assert name_map(numbers["arctic"], 1).get_name(stored, (".weight",)) != before == "blk.0.ffn_norm.weight"
+    assert name_map(numbers["llama"], 1).get_name(stored, (".weight",)) == before

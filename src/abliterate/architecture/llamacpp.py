@@ -14,6 +14,7 @@ from typing import Any
 from abliterate.architecture import kept
 from abliterate.architecture.patterns import LAYER, Architecture, Gain, WriterPattern, regex
 from abliterate.checkpoint import Checkpoint
+from abliterate.checkpoint.gguf_names import name_map
 from abliterate.errors import UnsupportedError
 
 BLOCK, HEAD = "blk.", "output.weight"
@@ -189,14 +190,13 @@ def _tables(architecture: str) -> Any:
     """
     try:
         from gguf.constants import MODEL_ARCH_NAMES
-        from gguf.tensor_mapping import get_tensor_name_map
     except ImportError:
         raise UnsupportedError(
             "tensors of GGUF files are named by the package gguf: pip install 'abliterate[gguf]'"
         ) from None
     for number, name in MODEL_ARCH_NAMES.items():
         if name == architecture:
-            return get_tensor_name_map(number, 1)
+            return name_map(number, 1)
     raise UnsupportedError(
         f"architecture '{architecture}' is not known to the package gguf as one of llama.cpp's; a newer one may"
     )

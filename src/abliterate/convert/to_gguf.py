@@ -16,6 +16,7 @@ from abliterate.checkpoint import Checkpoint, TensorInfo
 from abliterate.checkpoint.codecs import PLAIN, Array, Float32Array, Plain
 from abliterate.checkpoint.ggml import encode
 from abliterate.checkpoint.gguf_file import NUMBERS, read_gguf, stored_bytes
+from abliterate.checkpoint.gguf_names import name_map
 from abliterate.checkpoint.matrix import write_all
 from abliterate.checkpoint.storage import logical_name, matrices
 from abliterate.checkpoint.stream import require_disk, sync
@@ -116,10 +117,9 @@ def _named(checkpoint: Checkpoint, family: Family, config: Any) -> dict[str, Ten
         UnsupportedError: llama.cpp has no name for one.
     """
     from gguf.constants import MODEL_ARCH_NAMES
-    from gguf.tensor_mapping import get_tensor_name_map
 
     number = next(n for n, name in MODEL_ARCH_NAMES.items() if name == family.architecture)
-    names, found = get_tensor_name_map(number, config.num_hidden_layers), dict[str, TensorInfo]()
+    names, found = name_map(number, config.num_hidden_layers), dict[str, TensorInfo]()
     for tensor in checkpoint.tensors.values():
         name = logical_name(checkpoint, tensor.name)
         if name is None or name.endswith(_LEFT_OUT) or (config.tie_word_embeddings and name == "lm_head.weight"):

@@ -19,6 +19,7 @@ import numpy as np
 from abliterate.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from abliterate.checkpoint.gguf_decode import decoded
 from abliterate.checkpoint.gguf_file import ARRAY, BOOL, NUMBERS, STRING, Listed, Value, read_gguf, read_list
+from abliterate.checkpoint.gguf_names import name_map
 from abliterate.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _read_by_us(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         stack.enter_context(patch.object(gguf, "GGUFReader", lambda _path: reader()))
         stack.enter_context(patch.object(gguf, "dequantize", numbers))
         # It makes the same table of names anew for every module of a model.
-        stack.enter_context(patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)))
+        stack.enter_context(patch.object(gguf, "get_tensor_name_map", cache(name_map)))
         stack.enter_context(patch.object(loader, "tqdm", lambda things, **_: things))
         folder = stack.enter_context(tempfile.TemporaryDirectory())  # other files beside a GGUF are no part of it
         try:
