@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from abliterate.checkpoint.naming import RECORDS
 from abliterate.direction.control_vector import control_vector, write_control_vector
 from abliterate.direction.given import load_given
 from abliterate.errors import UsageError
-from abliterate.workspace import writable
+from abliterate.workspace import check_output, writable
 
-FILE, RECORDS = "directions.safetensors", "abliteration"
+FILE = "directions.safetensors"
 FORMATS = ("control-vector",)
 #: What a control vector is for where nothing says it; llama.cpp does not look at it.
 _UNKNOWN = "unknown"
@@ -56,8 +57,7 @@ def export(
     target = Path(output).expanduser()
     if target.suffix != ".gguf":
         raise UsageError(f"--output {output}: control vectors are GGUF files; give it a name that ends in .gguf")
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"--output {output}: exists already and is never overwritten; choose another or delete it")
+    check_output(target, None)
     source = _file_of(Path(directions).expanduser())
     added = control_vector(load_given(source), layer, scale)
     writable(target)

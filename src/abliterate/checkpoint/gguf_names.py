@@ -1,11 +1,17 @@
-"""llama.cpp's names of tensors, by the table of the package `gguf`.
+"""What the package `gguf` is asked for: llama.cpp's names of tensors, and a writer of new files.
 
-Owns asking for it. Never knows what the tensors are.
+Never knows what the tensors are.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from abliterate.errors import UnsupportedError
+
+#: What rotary frequencies are divided by, where positions were stretched.
+FACTORS = "rope_freqs.weight"
 
 
 def name_map(architecture: Any, n_layers: int) -> Any:
@@ -25,3 +31,16 @@ def name_map(architecture: Any, n_layers: int) -> Any:
         return TensorNameMap(architecture, n_layers)
     finally:
         TensorNameMap.block_mappings_cfg = shared
+
+
+def new_writer(path: Path, architecture: str) -> Any:
+    """gguf's writer of a new file.
+
+    Raises:
+        UnsupportedError: the package is not installed.
+    """
+    try:
+        from gguf import GGUFWriter
+    except ImportError:
+        raise UnsupportedError("GGUF files are written by the package gguf: pip install 'abliterate[gguf]'") from None
+    return GGUFWriter(path, architecture)

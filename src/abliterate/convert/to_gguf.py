@@ -16,7 +16,7 @@ from abliterate.checkpoint import Checkpoint, TensorInfo
 from abliterate.checkpoint.codecs import PLAIN, Array, Float32Array, Plain
 from abliterate.checkpoint.ggml import encode
 from abliterate.checkpoint.gguf_file import NUMBERS, read_gguf, stored_bytes
-from abliterate.checkpoint.gguf_names import name_map
+from abliterate.checkpoint.gguf_names import name_map, new_writer
 from abliterate.checkpoint.matrix import write_all
 from abliterate.checkpoint.storage import logical_name, matrices
 from abliterate.checkpoint.stream import require_disk, sync
@@ -45,7 +45,7 @@ def to_gguf(checkpoint: Checkpoint, out: Path, mix: str = "bf16", progress: Prog
     """
     config, family, sources = _sources(checkpoint, mix)
     vocabulary = vocabulary_of(checkpoint.path, sources["token_embd.weight"].shape[0])
-    writer = _writer(out, family)
+    writer = new_writer(out, family.architecture)
     number, most = MIXES[mix]
     writer.add_type("model")
     writer.add_name(_name(checkpoint, family, vocabulary))
@@ -92,14 +92,6 @@ def _sources(checkpoint: Checkpoint, mix: str) -> tuple[Any, Family, dict[str, T
     config = AutoConfig.from_pretrained(checkpoint.path)
     family = family_of(checkpoint.path, config)
     return config, family, _named(checkpoint, family, config)
-
-
-def _writer(out: Path, family: Family) -> Any:
-    try:
-        from gguf import GGUFWriter
-    except ImportError:
-        raise UnsupportedError("GGUF files are written by the package gguf: pip install 'abliterate[gguf]'") from None
-    return GGUFWriter(out, family.architecture)
 
 
 def _name(checkpoint: Checkpoint, family: Family, vocabulary: Vocabulary) -> str:

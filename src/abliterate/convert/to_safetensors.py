@@ -14,12 +14,12 @@ import numpy as np
 
 from abliterate.checkpoint import Checkpoint
 from abliterate.checkpoint.gguf_decode import decoded
+from abliterate.checkpoint.gguf_names import FACTORS
 from abliterate.checkpoint.stream import require_disk
 from abliterate.errors import UnsupportedError, UsageError
 
 #: By the name that a person types: torch's.
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-_FACTORS = "rope_freqs.weight"
 #: How Llama 3.1 (and 3.3), and 3.2, were stretched; a GGUF holds only the factors that follow.
 _STRETCHED = [
     {"rope_type": "llama3", "factor": f, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -69,9 +69,9 @@ def _stretched(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
     """
     if any(name.startswith("rope_factors_") for name in checkpoint.tensors):
         raise UnsupportedError(_unsaid(checkpoint, ""))
-    if _FACTORS not in checkpoint.tensors:
+    if FACTORS not in checkpoint.tensors:
         return {}
-    factors = decoded(checkpoint.path, checkpoint.tensors[_FACTORS])
+    factors = decoded(checkpoint.path, checkpoint.tensors[FACTORS])
     for known in _STRETCHED:
         if np.allclose(factors, _factors(config, known, 2 * len(factors)), rtol=1e-4):
             return known

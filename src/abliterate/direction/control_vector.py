@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from abliterate.checkpoint.gguf_file import read_gguf
+from abliterate.checkpoint.gguf_names import new_writer
 from abliterate.direction.direction import Direction
 from abliterate.errors import CheckpointError, UnsupportedError, UsageError
 
@@ -56,12 +57,8 @@ def write_control_vector(path: Path, added: Mapping[int, npt.NDArray[np.float32]
     Raises:
         UnsupportedError: the `gguf` package is not installed.
     """
-    try:
-        from gguf import GGUFWriter
-    except ImportError:
-        raise UnsupportedError("GGUF files are written by the package gguf: pip install 'abliterate[gguf]'") from None
     partial = path.with_name(f"{path.name}.partial")
-    writer = GGUFWriter(partial, ARCHITECTURE)
+    writer = new_writer(partial, ARCHITECTURE)
     writer.add_string(f"{ARCHITECTURE}.model_hint", model)
     writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(added))
     for layer, vector in sorted(added.items()):

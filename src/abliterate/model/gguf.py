@@ -19,7 +19,7 @@ import numpy as np
 from abliterate.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from abliterate.checkpoint.gguf_decode import decoded
 from abliterate.checkpoint.gguf_file import ARRAY, BOOL, NUMBERS, STRING, Listed, Value, read_gguf, read_list
-from abliterate.checkpoint.gguf_names import name_map
+from abliterate.checkpoint.gguf_names import FACTORS, name_map
 from abliterate.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 #: What a number or a text of a header is, by ggml's code for its kind.
 _KINDS = ((bool, BOOL), (int, 11), (float, 12), (str, STRING))
 #: The factors by which rotary frequencies are divided, which Llama 3.1 and its kin keep as a tensor.
-_FACTORS = "rope_freqs.weight"
 
 
 class _Field(NamedTuple):
@@ -147,9 +146,9 @@ def _divide_frequencies(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Take the factors of a file for rotary frequencies into account, which transformers leaves unread."""
     import torch
 
-    if _FACTORS not in checkpoint.tensors:
+    if FACTORS not in checkpoint.tensors:
         return
-    factors = torch.from_numpy(decoded(checkpoint.path, checkpoint.tensors[_FACTORS]))
+    factors = torch.from_numpy(decoded(checkpoint.path, checkpoint.tensors[FACTORS]))
     for module in model.modules():
         held = getattr(module, "inv_freq", None)
         if isinstance(held, torch.Tensor) and held.shape == factors.shape:
