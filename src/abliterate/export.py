@@ -5,17 +5,17 @@ Owns which file of directions a person means, and what is told of it. Never runs
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from abliterate.checkpoint.naming import RECORDS
+from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint.naming import RECORDS, is_gguf, records_of
 from abliterate.direction.control_vector import control_vector, write_control_vector
 from abliterate.direction.given import load_given
-from abliterate.errors import UsageError
+from abliterate.errors import AbliterateError, UsageError
 from abliterate.workspace import check_output, writable
 
 FILE = "directions.safetensors"
@@ -68,17 +68,21 @@ def export(
 
 
 def _file_of(path: Path) -> Path:
-    """The file of directions that a path means: itself, that of a run's folder, or that beside a run's record."""
+    """The file of directions that a path means: itself, that of a run's folder or GGUF, or that beside its record."""
+    if is_gguf(path.name):  # an edited model has its directions beside it, a control vector is them
+        beside = path.with_name(records_of(path.name)) / FILE
+        return beside if beside.is_file() else path
     if path.is_dir():
         return next((p for p in (path / RECORDS / FILE, path / FILE) if p.is_file()), path / RECORDS / FILE)
     return path.with_name(FILE) if path.name == "run.json" else path
 
 
 def _model_type(source: Path) -> str:
-    """What kind of model lies around a file of directions."""
-    if source.parent.name != RECORDS:
-        return _UNKNOWN
+    """What kind of model the records are of in which a file of directions lies."""
+    records = source.absolute().parent
+    inside = [records.parent] if records.name == RECORDS else []
+    beside = sorted(p for p in records.parent.glob("*.gguf") if records_of(p.name) == records.name)
     try:
-        return str(json.loads((source.parent.parent / "config.json").read_text(encoding="utf-8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return next((open_checkpoint(model).model_type for model in inside + beside), _UNKNOWN) or _UNKNOWN
+    except AbliterateError:
         return _UNKNOWN

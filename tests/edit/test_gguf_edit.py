@@ -18,8 +18,10 @@ from abliterate import at_rest, inspection, results, workspace
 from abliterate.checkpoint.ggml_blocks import LAYOUTS
 from abliterate.checkpoint.gguf_file import read_gguf
 from abliterate.cli.main import main
+from abliterate.direction.given import load_given
 from abliterate.edit import apply
 from abliterate.errors import CheckpointError, UnsupportedError, UsageError, VerifyError
+from abliterate.export import export
 from abliterate.report.record import RunRecord
 from tests import gguf_files as g
 
@@ -368,3 +370,15 @@ def test_files_that_are_no_model_end_an_edit_in_one_line(
         assert (ended.value.code, said.out) == (code, "") and said.err.startswith("error: ")
         assert len(said.err.splitlines()) == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_an_edited_gguf_is_exported_by_its_name_whole_or_split(folder: Path, split: Path, tmp_path: Path) -> None:
+    edit(split, tmp_path / "edited.gguf")
+    names = ("edited-00001-of-00005.gguf", "edited.abliteration", "edited.abliteration/run.json")
+    for i, name in enumerate(names):
+        found = export(tmp_path / name, tmp_path / f"vector-{i}.gguf", layer=1, scale=2.0)
+        assert found.model_type == "llama" and found.vectors == [{"layer": 1, "length": pytest.approx(2.0)}]
+        assert np.allclose(np.abs(load_given(tmp_path / f"vector-{i}.gguf").vector @ R), 1, atol=1e-6)
+    assert export(tmp_path / "vector-0.gguf", tmp_path / "again.gguf", layer=1).model_type == "unknown"
+    with pytest.raises(UnsupportedError, match="a GGUF of 'llama'"):
+        export(split, tmp_path / "of-the-base.gguf")
