@@ -324,6 +324,18 @@ def test_records_that_do_not_lead_back_are_named(
     assert not list(tmp_path.glob("base*"))
 
 
+def test_vectors_of_the_streams_width_are_compared_as_well(whole: Path, copy: Path) -> None:
+    """Of two conversions even the norms differ, by what was rounded on the way."""
+    norm = read_gguf(copy).tensors["blk.0.attn_norm.weight"]
+    with copy.open("r+b") as file:
+        file.seek(norm.offset)
+        file.write((np.frombuffer(copy.read_bytes(), "<f4", g.WIDE, norm.offset) * np.float32(1.01)).tobytes())
+    found = at_rest.compare(str(whole), str(copy))
+    changed = {t.tensor: t for t in found.changed}
+    assert changed[norm.name].share == pytest.approx(0.01, rel=0.01) and changed[norm.name].role is None
+    assert found.directions.shape == (1, g.WIDE) and abs(float(found.directions[0] @ R)) > 0.9
+
+
 def test_two_files_are_compared(whole: Path, edited: Path, folder: Path, tmp_path: Path) -> None:
     found = at_rest.compare(str(whole), str(edited), direction=folder / "r.npy")
     assert {t.tensor for t in found.changed} | set(found.rounded) == {

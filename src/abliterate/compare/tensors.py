@@ -102,7 +102,7 @@ class Files:
         axis = max(0, len(one.shape) - 2)
         if not one.shape:
             raise UnsupportedError(f"{self.base.path}: tensor '{name}' is a single number")
-        if self.base.format == "gguf":
+        if self.base.format == "gguf" and len(one.shape) > 1:
             if two.dtype not in IN_PIECES:
                 raise UnsupportedError(f"{self.other.source}: '{name}' is stored as {two.dtype}, without steps")
             found = zip(slices(one), slices(two), strict=True)
