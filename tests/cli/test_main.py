@@ -165,10 +165,24 @@ def test_mistakes_end_in_one_message_and_a_code_by_kind(
     assert not (tmp_path / "OUT").exists() and not (tmp_path / "OUT.partial").exists()
 
 
-def test_a_mistake_is_told_without_a_traceback(tmp_path: Path) -> None:
-    done = call("undo", "no-such-folder", "-o", str(tmp_path / "out"))  # loads no torch
-    assert done.returncode == 3 and done.stdout == ""
-    assert done.stderr.startswith("error: no-such-folder") and len(done.stderr.splitlines()) == 1
+def test_a_missing_model_is_told_in_one_line_before_torch_is_imported() -> None:
+    lines = [
+        ["run", "no-such-folder", "-o", "out"], ["--model", "no-such-folder", "-o", "out"], ["eval", "no-such-folder"],
+        ["eval", "demo", "--base", "no-such-folder"], ["undo", "no-such-folder", "-o", "out"],
+        ["bench", "demo", "--base", "no-such-folder", "-o", "out"], ["resist", "no-such-folder"],
+    ]  # fmt: skip
+    code = (
+        "import sys\nfrom abliterate.cli.main import main\n"
+        f"for line in {lines!r}:\n"
+        "    try: main(line)\n"
+        "    except SystemExit as e: assert e.code == 3, (line, e.code)\n"
+        "    assert 'torch' not in sys.modules, line\n"
+    )
+    env = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    told = done.stderr.splitlines()
+    assert len(told) == len(lines) and all(t.startswith("error: no-such-folder: no such folder") for t in told), told
 
 
 def test_exit_codes_differ_by_kind() -> None:

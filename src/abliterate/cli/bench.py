@@ -20,7 +20,9 @@ EPILOG = """
 
 def bench(
     model: options.Model,
-    base: Annotated[str, typer.Option("--base", metavar="BASE", help="What MODEL was made of.")],
+    base: Annotated[
+        str, typer.Option("--base", metavar="BASE", help="What MODEL was made of.", callback=options.there)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to create.")],
     tasks: Annotated[
         str,

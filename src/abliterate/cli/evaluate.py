@@ -25,7 +25,11 @@ def evaluate(
     model: options.Model,
     base: Annotated[
         Optional[str],
-        typer.Option(metavar="MODEL", help="Compare with this model: adds KL, perplexity of its answers, and leak."),
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with this model: adds KL, perplexity of its answers, and leak.",
+            callback=options.there,
+        ),
     ] = None,
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,

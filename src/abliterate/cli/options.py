@@ -13,12 +13,28 @@ from abliterate.options import Options as _Options
 #: What every option is where none is given.
 DEFAULT = _Options()
 
+
+def there(model: Optional[str]) -> Optional[str]:
+    """A path at which no model is, told before torch is imported, which takes seconds.
+
+    Raises:
+        AbliterateError: as its kinds say.
+    """
+    from abliterate.checkpoint import hub_name, open_checkpoint, resolve_model
+
+    if model is not None and model != "demo" and hub_name(model) is None:
+        open_checkpoint(resolve_model(model))
+    return model
+
+
 _PROMPTS, _MODEL, _JUDGE, _OUTPUT = "Prompts", "Model", "Judge", "Output"
 
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A Hugging Face folder, a GGUF file, a hub id org/name or org/name@revision, or demo."
+        metavar="MODEL",
+        help="A Hugging Face folder, a GGUF file, a hub id org/name or org/name@revision, or demo.",
+        callback=there,
     ),
 ]
 Harmful = Annotated[

@@ -30,13 +30,15 @@ def run(
     model: Annotated[
         Optional[str],
         typer.Argument(
-            help="A Hugging Face folder, a GGUF file, a hub id org/name or org/name@revision, or demo.", metavar="MODEL"
+            metavar="MODEL",
+            help="A Hugging Face folder, a GGUF file, a hub id org/name or org/name@revision, or demo.",
+            callback=options.there,
         ),
     ] = None,
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Folder to create, or GGUF.", metavar="OUT")
     ] = None,
-    model_option: Annotated[Optional[str], typer.Option("--model", hidden=True)] = None,
+    model_option: Annotated[Optional[str], typer.Option("--model", hidden=True, callback=options.there)] = None,
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
     borderline: options.Borderline = None,
