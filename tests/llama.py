@@ -1,27 +1,46 @@
 """llama.cpp itself, called in the wheel that the tests have: what it reads of a file, and what that makes it say.
 
-Its structures are passed as opaque pieces of memory longer than they are: their fields are left as they come.
+Calls of its own, so that the package's are held against something. Structures are passed as opaque pieces of memory
+longer than they are: their fields are left as they come.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from abliterate.convert.llama import POINTER, Opaque, call, load, tokens_of
+from abliterate.checkpoint.ggml import c_function, llama_cpp
 
+POINTER = ctypes.c_void_p
+_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_SILENT = _Log(lambda *_: None)
 _Tokens = ctypes.POINTER(ctypes.c_int32)
+
+
+class Opaque(ctypes.Structure):
+    """More memory than any structure of llama.cpp's takes."""
+
+    _fields_ = (("memory", ctypes.c_uint64 * 128),)
+
+
+def call(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    """A function of llama.cpp."""
+    return c_function(llama_cpp(), name, result, *arguments)
 
 
 class Llama:
     """A model in a GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        self._model = load(path)
+        call("llama_log_set", None, _Log, POINTER)(_SILENT, None)
+        call("llama_backend_init", None)()
+        load = call("llama_model_load_from_file", POINTER, ctypes.c_char_p, Opaque)
+        self._model = load(str(path).encode(), call("llama_model_default_params", Opaque)())
         assert self._model, f"llama.cpp does not load {path}"
         begin = call("llama_init_from_model", POINTER, POINTER, Opaque)
         self._context = begin(self._model, call("llama_context_default_params", Opaque)())
@@ -32,8 +51,12 @@ class Llama:
 
     def tokens(self, text: str, special: bool = True) -> list[int]:
         """A text's tokens; `special` adds those that the file says stand around it."""
-        assert self._model
-        return tokens_of(self._model, text, special)
+        raw, found = text.encode(), (ctypes.c_int32 * (len(text.encode()) + 8))()
+        run = call(
+            "llama_tokenize", ctypes.c_int32, POINTER, ctypes.c_char_p, ctypes.c_int32, _Tokens, ctypes.c_int32,
+            ctypes.c_bool, ctypes.c_bool,
+        )  # fmt: skip
+        return list(found[: run(self._vocabulary, raw, len(raw), found, len(found), special, True)])
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """The logits behind the last token of a text that begins anew."""

@@ -18,8 +18,9 @@ import numpy as np
 
 from abliterate.checkpoint.gguf_file import STRING, read_gguf
 from abliterate.convert.families import ELSEWHERE
-from abliterate.convert.llama import tokenised
 from abliterate.errors import CheckpointError, UnsupportedError
+from abliterate.model.llamacpp import LlamaCpp
+from abliterate.model.native_tokenizer import NativeTokenizer
 
 FILE = "tokenizer.json"
 _SPLIT, _FILLER = "tokenizer.ggml.pre", "general.description"
@@ -150,12 +151,21 @@ def _split_of(vocabulary: Vocabulary, tokenizer: Any, folder: Path) -> str:
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "vocabulary.gguf"
         for split in _tried(vocabulary, folder, path):
-            if tokenised(path, texts, special=False) == expected and tokenised(path, _TEXTS[:1], True) == whole:
+            if _tokens(path, texts) == (expected, whole):
                 return split
     raise UnsupportedError(
         f"{folder / FILE}: llama.cpp makes other tokens of texts than this tokenizer, however it splits them; "
         f"{ELSEWHERE}"
     )
+
+
+def _tokens(path: Path, texts: list[str]) -> tuple[list[list[int]], list[list[int]]] | None:
+    """What llama.cpp makes of texts by a file, and of the first one with what stands around a text; None: no model."""
+    try:
+        tokenizer = NativeTokenizer(LlamaCpp(path, threads=1))
+    except CheckpointError:
+        return None
+    return tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer(texts[:1])["input_ids"]
 
 
 def _with_controls(vocabulary: Vocabulary) -> list[str]:
