@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from gguf import quants
 
 import abliterate
-from abliterate import formats, verbs
+from abliterate import at_rest, formats, verbs
 from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint.ggml import llama_cpp
 from abliterate.convert.to_gguf import to_gguf
 from abliterate.convert.to_safetensors import to_safetensors
 from abliterate.edit import apply
@@ -203,3 +205,15 @@ def test_a_run_measures_what_was_edited(root: Path, tmp_path: Path) -> None:
     record = abliterate.run(str(root / "base.gguf"), tmp_path / "o", format="safetensors", type="f32", **given)
     found = next(m for m in record.metrics if m["name"] == "leak")
     assert found["edited"] < 1e-4 < 1e-2 < found["base"] and record.resolved["engine"] == "transformers"
+
+
+@pytest.mark.parametrize(("lacking", "to"), [("gguf", "gguf"), ("gguf", "safetensors"), ("xllamacpp", "gguf")])
+def test_without_the_extra_nothing_is_begun(
+    root: Path, lacking: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, lacking, None)
+    llama_cpp.cache_clear()
+    source, out = (root / "base", "out.gguf") if to == "gguf" else (root / "base.gguf", "out")
+    with pytest.raises(UnsupportedError, match=rf"{lacking}.*: pip install 'abliterate\[gguf\]'"):
+        at_rest.edit(str(source), root / "r.npy", tmp_path / out, format=to)
+    assert not list(tmp_path.iterdir())

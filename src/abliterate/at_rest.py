@@ -14,8 +14,9 @@ from typing import Any
 
 from yaml import YAMLError, safe_load
 
-from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint, resolve_model
+from abliterate.checkpoint import Checkpoint, first_part, hub_name, open_checkpoint, resolve_model
 from abliterate.checkpoint.gguf_file import read_gguf
+from abliterate.checkpoint.naming import DIRECTIONS, PAGE
 from abliterate.checkpoint.stream import tensor_sha256
 from abliterate.compare.compare import Comparison, compare_checkpoints
 from abliterate.direction.direction import Direction
@@ -30,7 +31,7 @@ from abliterate.formats import check_format, require_room, result_files, target_
 from abliterate.model.progress import Steps, no_steps
 from abliterate.options import Options
 from abliterate.report.card import CARRIED_OVER, model_card
-from abliterate.report.page import PAGE, page
+from abliterate.report.page import page
 from abliterate.report.record import RunRecord
 from abliterate.workspace import Workspace, check_output, writable
 
@@ -90,7 +91,7 @@ def edit(
         except AbliterateError:
             work.discard_if_new()
             raise
-        found.save(work.record("directions.safetensors"))
+        found.save(work.record(DIRECTIONS))
         record = RunRecord(
             model=model,
             hub_id=hub_name(model),
@@ -222,7 +223,7 @@ def undo(edited: str, output: str | Path, *, steps: Steps = no_steps) -> Restore
         undo_edit(checkpoint, way_back, work.folder, steps("restoring weights", tensors), names=names)
         work.publish()
     files = len(way_back.files) + len(way_back.side_files)
-    return Restored(str(output), way_back.base, tensors, files, round(time.monotonic() - start, 2))
+    return Restored(str(first_part(out)), way_back.base, tensors, files, round(time.monotonic() - start, 2))
 
 
 def base_card(source: Path) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from abliterate.checkpoint import open_checkpoint
-from abliterate.checkpoint.naming import RECORDS, is_gguf, records_of
+from abliterate.checkpoint.naming import RECORDS, records_of
 from abliterate.direction.control_vector import control_vector, write_control_vector
-from abliterate.direction.given import load_given
+from abliterate.direction.given import directions_at, load_given
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.workspace import check_output, writable
 
-FILE = "directions.safetensors"
 FORMATS = ("control-vector",)
 #: What a control vector is for where nothing says it; llama.cpp does not look at it.
 _UNKNOWN = "unknown"
@@ -58,23 +57,13 @@ def export(
     if target.suffix != ".gguf":
         raise UsageError(f"--output {output}: control vectors are GGUF files; give it a name that ends in .gguf")
     check_output(target, None)
-    source = _file_of(Path(directions).expanduser())
+    source = directions_at(Path(directions).expanduser())
     added = control_vector(load_given(source), layer, scale)
     writable(target)
     model_type = _model_type(source)
     write_control_vector(target, added, model_type)
     vectors = [{"layer": at, "length": float(np.linalg.norm(v))} for at, v in sorted(added.items())]
     return Exported(str(output), format, model_type, vectors)
-
-
-def _file_of(path: Path) -> Path:
-    """The file of directions that a path means: itself, that of a run's folder or GGUF, or that beside its record."""
-    if is_gguf(path.name):  # an edited model has its directions beside it, a control vector is them
-        beside = path.with_name(records_of(path.name)) / FILE
-        return beside if beside.is_file() else path
-    if path.is_dir():
-        return next((p for p in (path / RECORDS / FILE, path / FILE) if p.is_file()), path / RECORDS / FILE)
-    return path.with_name(FILE) if path.name == "run.json" else path
 
 
 def _model_type(source: Path) -> str:

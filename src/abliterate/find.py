@@ -69,8 +69,7 @@ def select(
     if not shown.observed.tokens:
         why = "" if options.directions == 1 else "without refusals none can be tested"
         return Choice(several.together([most_separated(found, *stats)], why), [], [])
-    # Tuned, an edit costs less than at full strength: the bound is for the result.
-    bound = options.max_kl if why_not_tuned(model, shown.observed, options) else max(options.max_kl, Options().max_kl)
+    bound = options.max_kl if why_not_tuned(model, shown.observed, options) else options.test_max_kl
     trial = causal_test(model, plan, shown, options, options.tested_strength)
     if len(found) == 1:
         first = Choice(choosing.measure(trial, found[0]), [], [])

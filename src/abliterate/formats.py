@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.checkpoint import Checkpoint, open_checkpoint
+from abliterate.checkpoint.ggml import llama_cpp
 from abliterate.checkpoint.gguf_file import read_gguf
+from abliterate.checkpoint.gguf_names import require_gguf
 from abliterate.checkpoint.naming import gguf_names, is_gguf
 from abliterate.checkpoint.stream import require_disk, sync
 from abliterate.convert.mixes import MIXES
@@ -108,7 +110,7 @@ def target_of(out: Path, checkpoint: Checkpoint, options: Options) -> Target:
     Raises:
         UsageError: the name of OUT is one of another format; the type is not the checkpoint's, where nothing is
             converted; or options do not go with what OUT is.
-        UnsupportedError: an adapter of a GGUF is asked for.
+        UnsupportedError: an adapter of a GGUF is asked for, or packages for GGUF files are missing.
     """
     wanted = checkpoint.format if options.format in ("checkpoint", "adapter") else options.format
     if options.engine == "llama.cpp" and options.evaluate and wanted != "gguf":
@@ -121,6 +123,9 @@ def target_of(out: Path, checkpoint: Checkpoint, options: Options) -> Target:
             f"--requantize {options.requantize}: all of a converted model is stored in types that can be edited; leave "
             "it out, and choose --type"
         )
+    require_gguf()
+    if wanted == "gguf":
+        llama_cpp()  # its encoder, and its tokenizer
     return Target((out.name,) if wanted == "gguf" else (), options.type or _DEFAULT)
 
 
@@ -144,8 +149,10 @@ def _require_own_type(checkpoint: Checkpoint, wanted: str | None) -> None:
         )
 
 
-def result_files(out: Path, checkpoint: Checkpoint, kind: str = "checkpoint") -> tuple[str, ...]:
+def result_files(out: Path, checkpoint: Checkpoint, kind: str = "base") -> tuple[str, ...]:
     """The names of the files at OUT where OUT has the checkpoint's format and that is GGUF; none of a folder.
+
+    `kind` is what OUT is to be: the base of an edited checkpoint, or what --format names.
 
     Raises:
         UsageError: the name of OUT is one of the other kind.
@@ -154,8 +161,8 @@ def result_files(out: Path, checkpoint: Checkpoint, kind: str = "checkpoint") ->
     if checkpoint.format != "gguf":
         if is_gguf(out.name):
             raise UsageError(
-                f"--output {out}: of a safetensors checkpoint comes a folder; leave out '{out.suffix}', or add "
-                "--format gguf"
+                f"--output {out}: of a safetensors checkpoint comes a folder; leave out '{out.suffix}'"
+                f"{'' if kind == 'base' else ', or add --format gguf'}"
             )
         return ()
     if kind == "adapter":
@@ -165,7 +172,8 @@ def result_files(out: Path, checkpoint: Checkpoint, kind: str = "checkpoint") ->
         )
     if not is_gguf(out.name):
         raise UsageError(
-            f"--output {out}: of a GGUF comes a GGUF; choose a name that ends in .gguf, or add --format safetensors"
+            f"--output {out}: of a GGUF comes a GGUF; choose a name that ends in .gguf"
+            f"{'' if kind == 'base' else ', or add --format safetensors'}"
         )
     return gguf_names(out.name, len(checkpoint.shards))
 

@@ -129,6 +129,11 @@ class Options:
             return f"--method {self.method}"
         return None if self.generate else "--no-generate"
 
+    @property
+    def test_max_kl(self) -> float:
+        """The bound of the causal test: a tuned edit costs less than one at full strength, and has `max_kl` itself."""
+        return self.max_kl if self.why_not_tuned else max(self.max_kl, type(self).max_kl)
+
     def _check_method(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"--method {self.method}: expected {', '.join(METHODS)}")

@@ -16,6 +16,7 @@ from abliterate import steps as step
 from abliterate.activations.stats import ActivationStats
 from abliterate.at_rest import base_card, check_edited, find_model, finish, write_edited
 from abliterate.checkpoint import Checkpoint, hub_name, open_checkpoint
+from abliterate.checkpoint.naming import DIRECTIONS
 from abliterate.contrast import Contrast, Held, depth
 from abliterate.direction.direction import Direction
 from abliterate.direction.front import Point, pick
@@ -64,6 +65,7 @@ def run(model: str, output: str | Path, *, resume: bool = False, steps: Steps = 
     # Going on after "there is no refusal", without the comparison or with another one is a resume like any other.
     for name in ("force", "evaluate", "memory", "engine", "judge", "judge_model", "text", "target_refusals"):
         del settings[name]
+    settings["max_kl"] = chosen.test_max_kl  # a lower bound takes another point of the same front
     if chosen.keep is None:
         del settings["borderline"]
     with Workspace(out, source, settings, resume, target.files) as work:
@@ -183,10 +185,11 @@ class _Run:
             choice = find.select(self.base, self.plan, stats, shown, self.options, self.steps)
             choice.direction.save(path)
             charts = profile(choice.direction, *stats, choice.tried)
-            return {"finalists": [d.where for d in choice.finalists], "charts": charts}
+            where = [d.where for d in choice.finalists]
+            return {"finalists": where, "charts": charts, "max_kl": self.options.max_kl}
 
         found = self.step("select", compute)
-        if not isinstance(found, dict) or found.keys() != {"finalists", "charts"}:
+        if not isinstance(found, dict) or found.keys() != {"finalists", "charts", "max_kl"}:
             raise self.work.damaged("select.json")
         return Direction.load(path), found
 
@@ -200,6 +203,7 @@ class _Run:
 
         def compute() -> dict[str, Any]:
             if why_not := find.why_not_tuned(self.base, shown.observed, self.options):
+                self.require_same("--max-kl", self.work.read("select")["result"]["max_kl"], self.options.max_kl)
                 return {"why_not": find.unless_asked(why_not, self.options), "points": []}
             found = find.tune(self.base, self.plan, chosen, stats, shown, self.options, self.steps)
             for i, point in enumerate(found):
@@ -215,32 +219,44 @@ class _Run:
         """The direction that is taken out, and the front with the pick.
 
         Raises:
-            UsageError: an interrupted run went on with another target.
+            UsageError: an interrupted run went on with another target or bound.
         """
-        target, base_refused = self.options.target_refusals, len(shown.observed.harmful_validation)
+        target, max_kl, base_refused = (
+            self.options.target_refusals, self.options.max_kl, len(shown.observed.harmful_validation)
+        )  # fmt: skip
         each = [
             Point(Direction.load(self.work.steps / f"tuned-{i}.safetensors"), **figures)
             for i, figures in enumerate(tuned["points"])
         ]
 
         def compute() -> dict[str, Any]:
-            told: dict[str, Any] = {"picked": None, "rule": None, "target": target, "base_refused": base_refused}
+            told: dict[str, Any] = {"picked": None, "rule": None, "target": target, "max_kl": max_kl}
+            told["base_refused"] = base_refused
             if each:
-                point, rule = pick(each, each[0], base_refused, self.options.max_kl, target, shown.least_held)
+                point, rule = pick(each, each[0], base_refused, max_kl, target, shown.least_held)
                 told |= {"picked": each.index(point), "rule": rule}
             return told
 
         found = self.step("pick", compute)
-        if not isinstance(found, dict) or found.keys() != {"picked", "rule", "target", "base_refused"}:
+        if not isinstance(found, dict) or found.keys() != {"picked", "rule", "target", "max_kl", "base_refused"}:
             raise self.work.damaged("pick.json")
-        if found["target"] != target:
-            went_on = "the knee" if found["target"] is None else found["target"]
-            raise UsageError(
-                f"--target-refusals: {self.work.folder} went on with {went_on}; resume with the same, or start again"
-            )
+        self.require_same("--target-refusals", found["target"], target)
+        self.require_same("--max-kl", found["max_kl"], max_kl)
         direction = chosen if found["picked"] is None else each[found["picked"]].direction
-        direction.save(self.work.record("directions.safetensors"))
+        direction.save(self.work.record(DIRECTIONS))
         return direction, tuned | {name: found[name] for name in ("picked", "rule", "base_refused")}
+
+    def require_same(self, option: str, before: float | None, now: float | None) -> None:
+        """Check that an interrupted run goes on with the value of an option that it has used.
+
+        Raises:
+            UsageError: it is another.
+        """
+        if before != now:
+            went_on = "without it" if before is None else f"with {before:g}"
+            raise UsageError(
+                f"{option}: {self.work.folder} went on {went_on}; resume with the same, or delete it to start again"
+            )
 
     def controls(self, shown: Contrast, direction: Direction) -> dict[str, Any]:
         """What other directions do at the same strengths."""

@@ -14,12 +14,12 @@ from typing import Any
 from jinja2 import UndefinedError
 
 from abliterate.checkpoint import hub_name
-from abliterate.checkpoint.naming import RECORDS, is_gguf, records_of
+from abliterate.checkpoint.naming import DIRECTIONS, PAGE, RECORDS, is_gguf, records_at, records_of
 from abliterate.direction.direction import Direction
 from abliterate.errors import CheckpointError, ResourceError, UsageError
 from abliterate.options import Options
 from abliterate.report.card import model_card
-from abliterate.report.page import PAGE, page
+from abliterate.report.page import page
 from abliterate.report.record import RunRecord
 from abliterate.workspace import writable
 
@@ -98,7 +98,7 @@ def read(run: Path) -> Result:
     Raises:
         CheckpointError: there is none, or a damaged one.
     """
-    beside = run.with_name(records_of(run.name)) if is_gguf(run.name) else run / RECORDS
+    beside = records_at(run)
     for file in (beside / _RECORD, run / _RECORD, run):
         if file.is_file() and not is_gguf(file.name):
             record = RunRecord.load(file)
@@ -109,8 +109,10 @@ def read(run: Path) -> Result:
         if (folder / RECORDS / "steps" / "settings.json").is_file():
             name = folder.resolve().name.removesuffix(".partial")
             return Result(_unfinished(folder / RECORDS, folder / records_of(name)), name, folder / RECORDS, True)
-    where = f"{beside.name}/{_RECORD} {'beside' if is_gguf(run.name) else 'in'} it"
-    raise CheckpointError(f"{run}: there is no {where}; expected what run or edit wrote, or its record")
+    where, renamed = f"{beside.name}/{_RECORD} {'beside' if is_gguf(run.name) else 'in'} it", ""
+    if is_gguf(run.name):
+        renamed = "; where the file was renamed, rename the folder of its records too"
+    raise CheckpointError(f"{run}: there is no {where}; expected what run or edit wrote, or its record{renamed}")
 
 
 def _unfinished(records: Path, directions: Path) -> RunRecord:
@@ -127,7 +129,7 @@ def _unfinished(records: Path, directions: Path) -> RunRecord:
         if "verb" in settings:
             raise UsageError(f"{records.parent}: an unfinished '{settings['verb']}', which has no page")
         chosen = steps["select"].get("result", {})
-        direction = directions / "directions.safetensors"
+        direction = directions / DIRECTIONS
         if not direction.is_file():
             direction = records / "steps" / "selected.safetensors"
         found = Direction.load(direction) if chosen and direction.is_file() else None

@@ -19,6 +19,7 @@ from abliterate.at_rest import compare, edit, find_model, undo
 from abliterate.benchmark.bench import MARGIN, Benchmarks, benchmarks, score_both
 from abliterate.benchmark.harness import BUILT_IN, Harness
 from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint.naming import DIRECTIONS
 from abliterate.contrast import Contrast
 from abliterate.direction.direction import Direction
 from abliterate.edit.plan import plan_edit
@@ -229,7 +230,7 @@ def evaluate(model: str, base: str | None = None, *, steps: Steps = no_steps, **
     checkpoints = [open_checkpoint(find_model(m)) for m in (model, base) if m is not None]
     native = step.on_llama_cpp(checkpoints, chosen)
     memory = None if native else step.bounded_memory(checkpoints, chosen)
-    removed = checkpoints[0].path / checkpoints[0].records / "directions.safetensors"
+    removed = checkpoints[0].path / checkpoints[0].records / DIRECTIONS
     direction = Direction.load(removed) if removed.is_file() else None
     judge = step.pick_judge(chosen, steps)
     models = list[AnyModel]()

@@ -312,7 +312,7 @@ def check_output(output: Path, source: Path | None) -> None:
         out, model = output.resolve(), source.resolve()
         if out == model or model in out.parents:
             where = "is the model itself" if out == model else "lies inside the model's folder"
-            raise UsageError(f"--output {output}: {where} ({source}), which is never written to; choose another folder")
+            raise UsageError(f"--output {output}: {where} ({source}), which is never written to; choose another place")
     try:
         taken = output.exists() or output.is_symlink()
     except OSError as error:

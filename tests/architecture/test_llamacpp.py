@@ -153,8 +153,10 @@ def test_a_choice_that_the_file_states_counts(tmp_path: Path) -> None:
 
 def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = opened(tmp_path)
-    monkeypatch.setitem(sys.modules, "gguf.constants", None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'abliterate\[gguf\]'"):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        UnsupportedError, match=r"^GGUF files need the package gguf: pip install 'abliterate\[gguf\]' \S"
+    ):
         residual_writers(checkpoint)
 
 

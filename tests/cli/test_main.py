@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import abliterate.pipeline
+from abliterate.cli import console
 from abliterate.cli.main import main
 from abliterate.errors import AbliterateError
 from tests.conftest import Refusing
@@ -78,6 +79,7 @@ def test_model_and_output_options_without_a_verb_run_everything(refusing: Refusi
     assert (tmp_path / "out" / "abliteration" / "run.json").is_file()
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
+    assert "charts in it, in abliteration/report.html" in " ".join(done.stdout.split())
     assert any(line.split()[:2] == ["refusals", "100.0%"] and "0.0%" in line.split()[4] for line in lines), done.stdout
     assert done.stderr == ""
 
@@ -185,6 +187,17 @@ def test_a_missing_model_is_told_in_one_line_before_torch_is_imported() -> None:
     assert len(told) == len(lines) and all(t.startswith("error: no-such-folder: no such folder") for t in told), told
 
 
+def test_a_log_tells_the_steps_of_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for patience, told in ((0.0, ["0 s: reading answers"]), (console.PATIENCE, [])):
+        monkeypatch.setattr(console, "PATIENCE", patience)
+        with console.progress_bars() as steps:
+            steps("reading answers", 2)(2)
+        said = capsys.readouterr()
+        assert said.err.splitlines() == told and said.out == ""
+
+
 def test_exit_codes_differ_by_kind() -> None:
     kinds = AbliterateError.__subclasses__()
     codes = [kind.exit_code for kind in kinds]
@@ -240,7 +253,7 @@ def test_undo_by_command_line_restores_the_base(
     refusing: Refusing, finished: tuple[object, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_here("undo", str(finished[1]), "-o", str(tmp_path / "base")) == 0
-    assert "9 tensors restored" in " ".join(capsys.readouterr().out.split())
+    assert "9 edited tensors restored" in " ".join(capsys.readouterr().out.split())
     for file in (p for p in refusing.folder.rglob("*") if p.is_file()):
         assert file.read_bytes() == (tmp_path / "base" / file.relative_to(refusing.folder)).read_bytes()
     assert run_here("undo", str(refusing.folder), "-o", str(tmp_path / "no")) == 3

@@ -29,7 +29,7 @@ from abliterate.results import report
 from abliterate.roles import prompt_splits
 from tests.conftest import Refusing
 
-QUICK = Recipe(stages=((3, 20.0),), batch=6)
+QUICK = Recipe(stages=((3, 20.0),), further=(), batch=6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def test_a_run_that_went_on_with_one_edit_takes_no_other(
     options = interrupted(refusing, tmp_path / "out", monkeypatch)
     page = report(tmp_path / "out.partial").read_text()
     assert "strength 1 everywhere leaves" in page and "is chosen for" in page
-    with pytest.raises(UsageError, match="went on with the knee"):
+    with pytest.raises(UsageError, match=r"--target-refusals: .* went on without it"):
         abliterate.run(str(refusing.folder), tmp_path / "out", resume=True, target_refusals=0.9, **options)
     record = abliterate.run(str(refusing.folder), tmp_path / "target", target_refusals=0.9, **options)
     points, picked = record.front["points"], record.front["picked"]
@@ -147,11 +147,35 @@ def test_tuning_that_was_asked_for_and_cannot_be_is_an_error(
     assert record.front["why_not"] == "the model runs block by block" and not record.tuned
 
 
-def test_a_bound_that_no_edit_keeps_is_told_with_the_way_out(refusing: Refusing, tmp_path: Path) -> None:
-    options = refusing.options | {"tune": True, "evaluate": False, "max_kl": 1e-9}
-    with pytest.raises(VerifyError, match=r"every tuned edit.*start again with a higher --max-kl"):
-        abliterate.run(str(refusing.folder), tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
+def test_a_bound_that_no_edit_keeps_is_told_and_a_higher_one_goes_on_with_the_same_front(
+    refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, out = refusing.options | {"tune": True, "evaluate": False, "max_kl": 1e-9}, tmp_path / "out"
+    with pytest.raises(VerifyError, match=r"every tuned edit.*go on with --resume and a higher --max-kl"):
+        abliterate.run(str(refusing.folder), out, **options)
+    assert not out.exists()
+    monkeypatch.setattr("abliterate.find.tune", stop)  # which is done
+    monkeypatch.setattr("abliterate.find.controls", stop)
+    with pytest.raises(KeyboardInterrupt):
+        abliterate.run(str(refusing.folder), out, resume=True, **options | {"max_kl": 0.2})
+    with pytest.raises(UsageError, match=r"--max-kl: .* went on with 0\.2; resume with the same"):
+        abliterate.run(str(refusing.folder), out, resume=True, **options | {"max_kl": 0.1})
+    with pytest.raises(UsageError, match=r"other settings \(max_kl\)"):
+        abliterate.run(str(refusing.folder), out, resume=True, **options | {"max_kl": 0.3})
+
+
+def test_an_untuned_run_does_not_go_on_with_another_bound(
+    refusing: Refusing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the direction was chosen within is what the result says it was."""
+    options, out = refusing.options | {"tune": None, "evaluate": False}, tmp_path / "out"
+    monkeypatch.setattr("abliterate.find.why_not_tuned", lambda *_: "the model runs block by block")
+    with monkeypatch.context() as broken:
+        broken.setattr("abliterate.find.unless_asked", stop)
+        with pytest.raises(KeyboardInterrupt):
+            abliterate.run(str(refusing.folder), out, **options | {"max_kl": 0.2})
+    with pytest.raises(UsageError, match=r"--max-kl: .* went on with 0\.2"):
+        abliterate.run(str(refusing.folder), out, resume=True, **options | {"max_kl": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -187,6 +211,16 @@ def test_a_high_rate_costs_less_and_a_low_one_removes_more(given_: _Given) -> No
         for rate in (1000.0, 0.1)
     )
     assert dear.kl_along < cheap.kl_along and dear.score > cheap.score
+
+
+def test_the_descent_goes_on_where_too_many_refusals_are_left(given_: _Given) -> None:
+    recipe = dataclasses.replace(QUICK, stages=((1, 20.0),), further=((1, 10.0), (1, 7.0)))
+    for left, rates in (([0, 0], [None, 20.0]), ([9, 9, 0], [None, 20.0, 10.0]), ([9] * 4, [None, 20.0, 10.0, 7.0])):
+        counts = iter(left)
+        task = dataclasses.replace(given_.task, count=lambda counts=counts: next(counts))
+        found = tune(task, given_.chosen, given_.others, recipe)
+        assert [p.rate for p in found] == rates and [p.refused for p in found] == left
+        assert [p.steps for p in found] == list(range(len(left)))
 
 
 def test_further_directions_stay_orthogonal_while_the_first_turns(given_: _Given) -> None:

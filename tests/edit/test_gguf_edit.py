@@ -336,6 +336,27 @@ def test_vectors_of_the_streams_width_are_compared_as_well(whole: Path, copy: Pa
     assert found.directions.shape == (1, g.WIDE) and abs(float(found.directions[0] @ R)) > 0.9
 
 
+def test_a_split_result_goes_by_the_name_it_was_given_and_is_called_by_its_first_part(
+    split: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cli(*args: str) -> object:
+        with pytest.raises(SystemExit) as ended:
+            main(list(args))
+        return ended.value.code
+
+    direction = str(split.with_name("r.npy"))
+    assert cli("edit", str(split), "-d", direction, "-o", str(tmp_path / "e.gguf")) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert f"{tmp_path}/e-00001-of-00003.gguf:" in said and "chartsbesideit,ine.abliteration/report.html" in said
+    assert cli("inspect", str(tmp_path / "e.gguf")) == 0
+    assert cli("edit", str(split), "-d", str(tmp_path / "e.gguf"), "-o", str(tmp_path / "again.gguf")) == 0
+    hashed = hashes(tmp_path, "*.gguf")
+    assert all(hashed[n.replace("e-", "again-")] == h for n, h in hashed.items() if n.startswith("e-"))
+    capsys.readouterr()
+    assert cli("undo", str(tmp_path / "e.gguf"), "-o", str(tmp_path / "base.gguf")) == 0
+    assert "base-00001-of-00003.gguf:thebase;" in "".join(capsys.readouterr().out.split())
+
+
 def test_two_files_are_compared(whole: Path, edited: Path, folder: Path, tmp_path: Path) -> None:
     found = at_rest.compare(str(whole), str(edited), direction=folder / "r.npy")
     assert {t.tensor for t in found.changed} | set(found.rounded) == {
@@ -386,11 +407,12 @@ def test_files_that_are_no_model_end_an_edit_in_one_line(
 
 def test_an_edited_gguf_is_exported_by_its_name_whole_or_split(folder: Path, split: Path, tmp_path: Path) -> None:
     edit(split, tmp_path / "edited.gguf")
-    names = ("edited-00001-of-00005.gguf", "edited.abliteration", "edited.abliteration/run.json")
+    names = ("edited-00001-of-00003.gguf", "edited.abliteration", "edited.abliteration/run.json")
     for i, name in enumerate(names):
         found = export(tmp_path / name, tmp_path / f"vector-{i}.gguf", layer=1, scale=2.0)
         assert found.model_type == "llama" and found.vectors == [{"layer": 1, "length": pytest.approx(2.0)}]
         assert np.allclose(np.abs(load_given(tmp_path / f"vector-{i}.gguf").vector @ R), 1, atol=1e-6)
+    assert export(tmp_path / "edited.gguf", tmp_path / "whole.gguf", layer=1).model_type == "llama"
     assert export(tmp_path / "vector-0.gguf", tmp_path / "again.gguf", layer=1).model_type == "unknown"
     with pytest.raises(UnsupportedError, match="a GGUF of 'llama'"):
         export(split, tmp_path / "of-the-base.gguf")

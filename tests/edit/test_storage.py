@@ -307,8 +307,8 @@ def test_directions_of_a_person_s_own_are_made_orthonormal(tmp_path: Path) -> No
     found.save(tmp_path / "d.safetensors")
     assert np.array_equal(Direction.load(tmp_path / "d.safetensors").vector, found.vector)
     for bad, words in (
-        (np.zeros(4), "zero"), (np.ones((2, 4)), "fewer directions"), (np.array(["a"]), "expected finite"),
-        (np.full(4, np.nan), "expected finite"), (np.ones((2, 2, 2)), "expected finite"), (np.ones((5, 4)), "fewer"),
+        (np.zeros(4), "zeros"), (np.ones((2, 4)), "fewer directions"), (np.array(["a"]), "expected numbers"),
+        (np.full(4, np.nan), "NaN"), (np.ones((2, 2, 2)), "expected numbers"), (np.ones((5, 4)), "fewer"),
     ):  # fmt: skip
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(CheckpointError, match=words):

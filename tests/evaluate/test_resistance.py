@@ -132,7 +132,7 @@ def test_the_table_fits_80_columns_and_names_the_figure(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(verbs, "resist", lambda *_, **__: resisted)
-    assert run_here("resist", "model") == 0
+    assert run_here("resist", "demo") == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     rows = [line.split() for line in text.splitlines()[2:5]]

@@ -14,7 +14,7 @@ from typing import Any
 from abliterate.architecture import kept
 from abliterate.architecture.patterns import LAYER, Architecture, Gain, WriterPattern, regex
 from abliterate.checkpoint import Checkpoint
-from abliterate.checkpoint.gguf_names import name_map
+from abliterate.checkpoint.gguf_names import name_map, require_gguf
 from abliterate.errors import UnsupportedError
 
 BLOCK, HEAD = "blk.", "output.weight"
@@ -188,12 +188,9 @@ def _tables(architecture: str) -> Any:
     Raises:
         UnsupportedError: it knows no such architecture, or the table is not here.
     """
-    try:
-        from gguf.constants import MODEL_ARCH_NAMES
-    except ImportError:
-        raise UnsupportedError(
-            "tensors of GGUF files are named by the package gguf: pip install 'abliterate[gguf]'"
-        ) from None
+    require_gguf()
+    from gguf.constants import MODEL_ARCH_NAMES
+
     for number, name in MODEL_ARCH_NAMES.items():
         if name == architecture:
             return name_map(number, 1)

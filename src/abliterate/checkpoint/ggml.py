@@ -22,7 +22,8 @@ from abliterate.errors import UnsupportedError
 
 #: The types that ggml encodes by the activations they will meet (an importance matrix), which a file does not keep.
 NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
-_MEND = "pip install 'abliterate[gguf]'"
+#: What brings the packages for GGUF files.
+MEND = "pip install 'abliterate[gguf]' (in a clone: uv sync --extra gguf)"
 
 
 def encode(values: Array, dtype: str, row_bytes: int) -> Raw:
@@ -47,7 +48,7 @@ def encode(values: Array, dtype: str, row_bytes: int) -> Raw:
     if size(NUMBERS[dtype], values.shape[1]) != row_bytes:
         raise UnsupportedError(
             f"{llama._name}: stores a row of {values.shape[1]} numbers as {dtype} in another way than known here "
-            f"({row_bytes} bytes); install the release that was tested: {_MEND}"
+            f"({row_bytes} bytes); install the release that was tested: {MEND}"
         )
     source = np.ascontiguousarray(values, dtype=np.float32)
     raw = np.empty((len(source), row_bytes), dtype=np.uint8)
@@ -110,7 +111,7 @@ def c_function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) ->
         found = getattr(library, name)
     except AttributeError:
         raise UnsupportedError(
-            f"{library._name}: does not offer {name}; install the release that was tested: {_MEND}"
+            f"{library._name}: does not offer {name}; install the release that was tested: {MEND}"
         ) from None
     found.restype, found.argtypes = result, list(arguments)
     called: Callable[..., Any] = found
@@ -127,14 +128,14 @@ def llama_cpp() -> ctypes.CDLL:
     spec = importlib.util.find_spec("xllamacpp")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     if not folders:
-        raise UnsupportedError(f"this takes llama.cpp, in the package xllamacpp, which is not installed: {_MEND}")
+        raise UnsupportedError(f"this takes llama.cpp, in the package xllamacpp, which is not installed: {MEND}")
     endings = tuple(importlib.machinery.EXTENSION_SUFFIXES)
     places = [p for folder in folders for p in sorted(Path(folder).iterdir()) if p.name.endswith(endings)]
     for place in places:
         try:
             library = ctypes.CDLL(str(place))
         except OSError as error:
-            raise UnsupportedError(f"{place}: cannot be loaded ({error}); install it again: {_MEND}") from None
+            raise UnsupportedError(f"{place}: cannot be loaded ({error}); install it again: {MEND}") from None
         if hasattr(library, "ggml_quantize_chunk"):
             return library
-    raise UnsupportedError(f"{folders[0]}: holds no library that offers ggml_quantize_chunk; {_MEND}")
+    raise UnsupportedError(f"{folders[0]}: holds no library that offers ggml_quantize_chunk; {MEND}")

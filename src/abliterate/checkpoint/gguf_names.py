@@ -5,9 +5,11 @@ Never knows what the tensors are.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint.ggml import MEND
 from abliterate.errors import UnsupportedError
 
 #: What rotary frequencies are divided by, where positions were stretched.
@@ -39,8 +41,17 @@ def new_writer(path: Path, architecture: str) -> Any:
     Raises:
         UnsupportedError: the package is not installed.
     """
-    try:
-        from gguf import GGUFWriter
-    except ImportError:
-        raise UnsupportedError("GGUF files are written by the package gguf: pip install 'abliterate[gguf]'") from None
+    require_gguf()
+    from gguf import GGUFWriter
+
     return GGUFWriter(path, architecture)
+
+
+def require_gguf() -> None:
+    """Check that the package is there.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise UnsupportedError(f"GGUF files need the package gguf: {MEND}")

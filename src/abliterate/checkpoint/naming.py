@@ -6,9 +6,12 @@ Owns the names of a GGUF's parts and of what lies beside them. Never looks at a 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 #: The folder in which an edited checkpoint carries the record of its edit.
 RECORDS = "abliteration"
+#: The page of charts in it, and the directions that were taken out.
+PAGE, DIRECTIONS = "report.html", "directions.safetensors"
 #: A part of a split GGUF: what all parts have in common, which one it is, and how many there are.
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -26,6 +29,11 @@ def gguf_names(name: str, parts: int) -> tuple[str, ...]:
 def records_of(name: str) -> str:
     """The folder of records of the result `name`: one beside a GGUF, called after it, or one inside a folder."""
     return f"{_stem(name)}.{RECORDS}" if is_gguf(name) else RECORDS
+
+
+def records_at(result: Path) -> Path:
+    """Where the records of a result lie."""
+    return result.parent / records_of(result.name) if is_gguf(result.name) else result / RECORDS
 
 
 def _stem(name: str) -> str:

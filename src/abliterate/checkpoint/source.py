@@ -28,7 +28,7 @@ def resolve_model(model: str) -> Path:
     """
     if not model.strip():
         raise CheckpointError("MODEL is empty; expected a checkpoint folder, a GGUF file or a hub id org/name")
-    path = Path(model).expanduser()
+    path = first_part(Path(model).expanduser())
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_dir() or (is_gguf and path.is_file()):
         return path
@@ -41,6 +41,18 @@ def resolve_model(model: str) -> Path:
             f"{model}: no such folder, and not a hub id (org/name or org/name@revision); check the path"
         )
     return download(model)
+
+
+def first_part(path: Path) -> Path:
+    """The first part of the split GGUF that is called `path` as a whole; `path` itself where there is none.
+
+    Results are called `e.gguf` by whoever asks for them, and lie as `e-00001-of-00003.gguf` and so on where their
+    source was split like that.
+    """
+    if path.suffix.lower() != ".gguf" or path.exists():
+        return path
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-?????.gguf"))
+    return parts[0] if len(parts) == 1 else path
 
 
 def hub_name(model: str) -> str | None:

@@ -12,7 +12,7 @@ from abliterate.cli import console, options
 EPILOG = """
 [bold]Examples[/bold]
 
-  abliterate compare demo demo-abliterated --direction demo-abliterated/abliteration/directions.safetensors
+  abliterate compare demo demo-abliterated --direction demo-abliterated
 
   abliterate compare org/model someone/model-abliterated --save theirs.safetensors --json
 """

@@ -1,10 +1,11 @@
-"""Where things are printed: results to stdout, everything else to stderr; progress only on a terminal."""
+"""Where things are printed: results to stdout, everything else to stderr; bars only on a terminal."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -17,6 +18,8 @@ from rich.text import Text
 from abliterate.envelope import json_text
 from abliterate.report.layout import say
 
+#: Seconds.
+PATIENCE = 30.0
 #: What shells expect of a program that an interrupt ended.
 INTERRUPTED = 130
 
@@ -44,13 +47,16 @@ def tell(message: str, kind: str = "") -> None:
 def progress_bars(
     interrupted: str = "interrupted; nothing was written",
 ) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Give `steps(title, total) -> advance`: one bar for each step on stderr, silent where that is no terminal.
+    """Give `steps(title, total) -> advance`: one bar for each step on stderr.
+
+    Where that is no terminal, a step that begins after `PATIENCE` is told in a line: a log of what takes long shows
+    that it goes on, and what is quick stays silent.
 
     An interrupt from the keyboard ends the program with the message `interrupted` and no traceback. What libraries
     print meanwhile goes to stderr: stdout is for the result.
     """
     _quiet_libraries()
-    console = Console(stderr=True)
+    console, begun = Console(stderr=True), time.monotonic()
     columns = (
         TextColumn("{task.description:<22}"), BarColumn(bar_width=18), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -65,6 +71,8 @@ def progress_bars(
         ):
 
             def steps(title: str, total: int) -> Callable[[int], None]:
+                if not console.is_terminal and (passed := time.monotonic() - begun) >= PATIENCE:
+                    print(f"{passed:.0f} s: {title}", file=sys.stderr, flush=True)
                 task = bars.add_task(title, total=total)
                 return lambda done: bars.advance(task, done)
 

@@ -30,7 +30,8 @@ def edit(
             "--direction",
             "-d",
             metavar="FILE",
-            help="A file that select or compare wrote, a .npy of shape d or k × d, or a control vector in a .gguf.",
+            help="What select or compare wrote, the result of a run, a .npy of shape d or k × d, or a control vector "
+            "in a .gguf.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create, or GGUF.", metavar="OUT")],

@@ -24,9 +24,7 @@ EPILOG = """
 def export(
     directions: Annotated[
         Path,
-        typer.Argument(
-            metavar="DIRECTIONS", help="A file that select wrote, the folder or run.json of a run, or a .npy."
-        ),
+        typer.Argument(metavar="DIRECTIONS", help="What select wrote, the result of a run, or a .npy."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to create.", metavar="FILE.gguf")],
     output_format: Annotated[

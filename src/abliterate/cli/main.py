@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -54,6 +55,9 @@ def _root(
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one message and its exit code."""
     args = sys.argv[1:] if argv is None else argv
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that spin for long while they wait take the cores from other work: two runs at once would crawl.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # `abliterate --model M --output O`: no verb, and an option that only `run` has.
     if args and args[0].startswith("-") and any(a.split("=")[0] in ("--model", "--output", "-o") for a in args):
         args = ["run", *args]

@@ -88,6 +88,7 @@ def run(
     if output is None:
         raise typer.BadParameter("give the folder (or GGUF) to create with -o OUT (or --output OUT)")
     from abliterate.pipeline import run as run_pipeline
+    from abliterate.report.figures import warnings
     from abliterate.report.table import print_run
 
     hint = f"interrupted; the same command with --resume goes on from the last finished step (kept in {output}.partial)"
@@ -106,6 +107,8 @@ def run(
             evaluate=not no_eval, force=force,
         )  # fmt: skip
     if as_json:
+        for warning in warnings(record):
+            console.tell(warning)
         console.print_json(record.as_dict)
     else:
         print_run(console.stdout(), record, str(output))

@@ -29,6 +29,8 @@ def undo(
     """Restore the base of EDITED bit for bit into OUT, from what the edit kept beside the weights.
 
     Needs neither the base nor memory for the model; every restored tensor is checked by its hash.
+
+    What was not edited is copied as it is: an edit does not read it, and so knows no hash of it.
     """
     from abliterate.at_rest import undo as undo_verb
 
@@ -39,6 +41,6 @@ def undo(
     else:
         say(
             console.stdout(),
-            f"{restored.output}: the base, {restored.tensors} tensors restored and {restored.files} files checked by "
-            f"hash in {restored.seconds:.0f} s",
+            f"{restored.output}: the base; {restored.tensors} edited tensors restored and checked by their hashes in "
+            f"{restored.seconds:.0f} s, all others copied from {edited} as they are there",
         )

@@ -80,7 +80,9 @@ def read_control_vector(path: Path) -> Added:
     try:
         file = read_gguf(path)
         if (what := file.metadata.get("general.architecture")) != ARCHITECTURE:
-            raise UnsupportedError(f"{path}: a GGUF of '{what!s:.40}'; expected a control vector, '{ARCHITECTURE}'")
+            raise UnsupportedError(
+                f"{path}: a GGUF of '{what!s:.40}'; expected a control vector, or directions of a run or of select"
+            )
         added: Added = {}
         for tensor in file.tensors.values():
             named = _NAME.fullmatch(tensor.name)

@@ -93,7 +93,7 @@ def pick(
         least = min(holding, key=lambda p: p.kl)
         raise VerifyError(
             f"every tuned edit moves harmless answers by more than {max_kl:g} nats (the least: KL {least.kl:.3f} at "
-            f"{least.refused} of {least.asked} refusals); start again with a higher --max-kl to accept it"
+            f"{least.refused} of {least.asked} refusals); go on with --resume and a higher --max-kl to accept it"
         )
     if target is None:
         return knee(cheap, plain, base_refused), "knee"
@@ -102,6 +102,7 @@ def pick(
         least = min(cheap, key=lambda p: p.refused)
         raise VerifyError(
             f"--target-refusals {target:g}: no tuned edit leaves so few (the fewest: {least.refused} of {least.asked}, "
-            f"{least.share:.1%}, at KL {least.kl:.3f}); ask for that, raise --max-kl, or leave it out"
+            f"{least.share:.1%}, at KL {least.kl:.3f}); go on with --resume, and ask for that, raise "
+            "--max-kl, or leave it out"
         )
     return min(few, key=lambda p: p.kl_along), "target"

@@ -10,20 +10,36 @@ from pathlib import Path
 
 import numpy as np
 
+from abliterate.checkpoint.naming import DIRECTIONS, is_gguf, records_at
 from abliterate.direction.control_vector import read_control_vector
 from abliterate.direction.direction import Direction
 from abliterate.errors import CheckpointError, UsageError
 
 
+def directions_at(path: Path) -> Path:
+    """The file of directions that a path means: itself, or that among the records of a result, or beside its record."""
+    if is_gguf(path.name) or path.is_dir():  # a GGUF may be a control vector, a folder that of the records
+        return next((p for p in (records_at(path) / DIRECTIONS, path / DIRECTIONS) if p.is_file()), path)
+    return path.with_name(DIRECTIONS) if path.name == "run.json" else path
+
+
 def load_given(path: Path, layer: int | None = None) -> Direction:
     """What `Direction.save` wrote, the span of `[d_model]` or `[k, d_model]` in a `.npy`, or a control vector.
 
-    Of directions that each layer has its own of, `layer` takes that of one layer for all.
+    A result, or its folder of records, stands for the directions that were taken out of it. Of directions that each
+    layer has its own of, `layer` takes that of one layer for all.
 
     Raises:
         CheckpointError: no such file, or it holds no direction.
         UsageError: a layer is named, and the file has one direction for all, or none of that layer.
     """
+    path = directions_at(path)
+    if not path.is_file():
+        what = "holds no directions" if path.is_dir() else "no such file"
+        raise CheckpointError(
+            f"{path}: {what}; expected what select or compare wrote, what run or edit made, a .npy, or a control "
+            "vector in a .gguf"
+        )
     if path.suffix == ".gguf":
         return _from_control_vector(path, layer)
     found = _from_npy(path) if path.suffix == ".npy" else Direction.load(path)
@@ -71,17 +87,22 @@ def _from_npy(path: Path) -> Direction:
     try:
         given = np.lib.format.open_memmap(path, mode="r")  # a header that claims more than the file holds is refused
     except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a NumPy array ({error})") from None
-    if given.ndim not in (1, 2) or given.dtype.kind not in "fiu" or not given.size or not np.isfinite(given).all():
         raise CheckpointError(
-            f"{path}: holds {given.dtype} of shape {list(given.shape)}; expected finite numbers, [d_model] or "
-            "[k, d_model]"
+            f"{path}: cannot be read as a NumPy array of numbers ({error}); write it with numpy.save"
+        ) from None
+    if given.ndim not in (1, 2) or given.dtype.kind not in "fiu" or not given.size:
+        raise CheckpointError(
+            f"{path}: holds {given.dtype} of shape {list(given.shape)}; expected numbers, [d_model] or [k, d_model]"
         )
+    if not np.isfinite(given).all():
+        raise CheckpointError(f"{path}: holds NaN or infinity; make it again")
     wide = np.atleast_2d(given).astype(np.float64)
     sizes = np.linalg.svd(wide, compute_uv=False)
+    if not wide.any():
+        raise CheckpointError(f"{path}: holds zeros, which point nowhere; make it again")
     if len(wide) > wide.shape[1] or not sizes[-1] > 1e-6 * sizes[0]:
         raise CheckpointError(
-            f"{path}: its {len(wide)} vectors of width {wide.shape[1]} are zero or span fewer directions than that; "
+            f"{path}: its {len(wide)} vectors of width {wide.shape[1]} span fewer directions than that; "
             "leave out those that depend on others"
         )
     q, triangle = np.linalg.qr(wide.T)

@@ -39,14 +39,17 @@ BY_GRADIENT = "strengths and direction by gradient"
 class Recipe:
     """How to descend: `stages` of so many steps at one rate, what a nat of KL is worth in refusal log-odds.
 
-    From `start`, where little is lost, falling rates follow the front towards fewer refusals. `batch` prompts of either
-    kind are drawn for a step. `first` is the weight of the first token's KL beside the mean along the answer, `opening`
-    that of a refusal's later tokens; refusal log-odds below minus `margin` gain little; `pull` is what strengths cost
-    by themselves; coordinates of the direction move at `turning` times the rate of strengths, within so many axes as
+    From `start`, where little is lost, falling rates follow the front towards fewer refusals, through `further` stages
+    too while more than a share of `enough` of the validation prompts is declined. `batch` prompts of either kind are
+    drawn for a step. `first` is the weight of the first token's KL beside the mean along the answer, `opening` that of
+    a refusal's later tokens; refusal log-odds below minus `margin` gain little; `pull` is what strengths cost by
+    themselves; coordinates of the direction move at `turning` times the rate of strengths, within so many axes as
     `span`. `hold` is the weight of refusals that are to stay beside answers. What else was tried: docs/method.md.
     """
 
     stages: tuple[tuple[int, float], ...] = ((14, 20.0), (6, 14.0))
+    further: tuple[tuple[int, float], ...] = ((6, 10.0), (6, 7.0))
+    enough: float = 0.05
     batch: int = 8
     learning_rate: float = 0.08
     turning: float = 0.5
@@ -61,7 +64,7 @@ class Recipe:
 
 RECIPE = Recipe()
 #: Where refusals are to stay, they cost more than answers, and the direction has further to turn.
-HOLDING = Recipe(stages=((6, 6.0), (6, 3.0), (6, 1.5)), batch=16, learning_rate=0.09, turning=1.0, span=40)
+HOLDING = Recipe(stages=((6, 6.0), (6, 3.0), (6, 1.5)), further=(), batch=16, learning_rate=0.09, turning=1.0, span=40)
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,11 @@ def tune(
     """
     search = _Search(task, chosen, candidates, recipe, seed)
     plain = search.point(chosen, None, 0)
-    step = steps("tuning the strengths", sum(n for n, _ in recipe.stages))
     points, done = [plain], 0
-    for n, rate in recipe.stages:
+    for i, (n, rate) in enumerate(recipe.stages + recipe.further):
+        if i >= len(recipe.stages) and points[-1].share <= recipe.enough:
+            break
+        step = steps(f"tuning the strengths, {rate:g} a nat", n)
         for _ in range(n):
             search.step(rate)
             step(1)

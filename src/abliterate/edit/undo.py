@@ -127,11 +127,11 @@ class WayBack:
         """
         path = checkpoint.path / checkpoint.records / NOTE
         if f"{checkpoint.records}/{NOTE}" not in checkpoint.side_files:
-            where = "there is no" if checkpoint.format == "gguf" else "holds no"
-            beside = " beside it" if checkpoint.format == "gguf" else ""
+            gguf = checkpoint.format == "gguf"
+            renamed = "; where the file was renamed, rename the folder of its records too" if gguf else ""
             raise CheckpointError(
-                f"{checkpoint.source}: {where} {checkpoint.records}/{NOTE}{beside}; only edits made with it (not "
-                "--no-undo) can be taken back"
+                f"{checkpoint.source}: {'there is' if gguf else 'holds'} no {checkpoint.records}/{NOTE}"
+                f"{' beside it' if gguf else ''}; only edits made with it (not --no-undo) can be taken back{renamed}"
             )
         try:
             value = read_json(path)
@@ -269,7 +269,10 @@ def _restore_weights(checkpoint: Checkpoint, file: RestoredFile, target: Path, p
             _restore_rows(checkpoint.path / checkpoint.records / file.sidecar, pieces, old, new)
         for name, _, sha256 in file.tensors:
             if tensor_sha256(new, base[name]) != sha256:
-                raise VerifyError(f"{file.stored_as}: '{name}' was changed since the edit, and cannot be restored")
+                raise VerifyError(
+                    f"{file.stored_as}: '{name}' cannot be restored: it was changed since the edit, or "
+                    f"{checkpoint.records}/{file.sidecar} was"
+                )
             progress(1)
         os.fsync(new)
     finally:

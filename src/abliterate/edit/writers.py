@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from abliterate.architecture import kept, llamacpp
 from abliterate.architecture.patterns import LAYER, Architecture, Gain, WriterPattern, regex
 from abliterate.checkpoint import Checkpoint, TensorInfo
+from abliterate.checkpoint.gguf_names import require_gguf
 from abliterate.checkpoint.storage import logical_name, stored_axis
 from abliterate.errors import UnsupportedError
 
@@ -74,6 +75,8 @@ def residual_writers(checkpoint: Checkpoint, known: Architecture | None = None) 
 
 def _kept(checkpoint: Checkpoint) -> Architecture | str | None:
     """What earlier experiments found on the checkpoint's model class, or why it is refused."""
+    if checkpoint.format == "gguf":
+        require_gguf()  # names its tensors
     try:
         return llamacpp.find(checkpoint) if checkpoint.format == "gguf" else kept.find(checkpoint.config)
     except UnsupportedError as error:

@@ -19,7 +19,7 @@ import numpy as np
 from abliterate.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from abliterate.checkpoint.gguf_decode import decoded
 from abliterate.checkpoint.gguf_file import ARRAY, BOOL, NUMBERS, STRING, Listed, Value, read_gguf, read_list
-from abliterate.checkpoint.gguf_names import FACTORS, name_map
+from abliterate.checkpoint.gguf_names import FACTORS, name_map, require_gguf
 from abliterate.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -71,13 +71,9 @@ def _read_by_us(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     Raises:
         UnsupportedError: transformers cannot load the architecture from a GGUF, or a package is missing.
     """
-    try:
-        import gguf
-        from transformers import modeling_gguf_pytorch_utils as loader
-    except ImportError as error:
-        raise UnsupportedError(
-            f"{checkpoint.source}: GGUF files are read with the package {error.name}: pip install 'abliterate[gguf]'"
-        ) from None
+    require_gguf()
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
 
     def numbers(tensor: TensorInfo, _type: int) -> np.ndarray[Any, Any]:
         return decoded(checkpoint.path, tensor)

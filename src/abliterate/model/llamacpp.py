@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from abliterate.checkpoint.codecs import Float32Array
-from abliterate.checkpoint.ggml import c_function, llama_cpp
+from abliterate.checkpoint.ggml import MEND, c_function, llama_cpp
 from abliterate.errors import CheckpointError, ResourceError, UnsupportedError, VerifyError
 
 #: Tokens that llama.cpp takes in one call.
@@ -26,7 +26,7 @@ _LENGTHS = 256
 #: Where its settings for a context begin: tokens, tokens in a call, of those at once, sequences; and their defaults.
 _SETTINGS = (512, 2048, 512, 1)
 _ERROR = 4  # ggml's number for messages of this kind
-_MEND = "install the release that was tested: pip install 'abliterate[gguf]'"
+_MEND = f"install the release that was tested: {MEND}"
 
 
 class _Settings(ctypes.Structure):

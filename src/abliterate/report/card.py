@@ -8,7 +8,7 @@ from functools import cache
 from jinja2 import Environment, StrictUndefined, Template
 
 from abliterate.checkpoint.naming import is_gguf, records_of
-from abliterate.report.figures import COLUMNS, counted, judged_by, rows, settled, strengths, unjudged
+from abliterate.report.figures import COLUMNS, counted, judged_by, rows, settled, strengths, unjudged, warnings
 from abliterate.report.record import RunRecord
 
 #: Fields of the base's own card that hold for what is made of it.
@@ -76,9 +76,10 @@ Use it for research, with safeguards of your own.
 {% if r.resolved.undo and not adapter %}
 - `abliterate undo` restores the base bit for bit from the files in `{{ records }}/`
 {% endif %}
-{% if elsewhere %}
-- the direction was found on another checkpoint than the base
-{% endif %}
+{% for warning in warnings %}
+
+**{{ warning }}**
+{% endfor %}
 
 {% if table %}
 {{ table }}
@@ -102,7 +103,7 @@ answers, are taken on harmless prompts that it answers; the noise of KL is the b
 instead of in batches. *Perplexity, text* is of a plain text that neither model wrote; *harm recognised* how often a
 harmful request is rather called harmful than a harmless one when the model is asked, 0.5 by chance.
 {% else %}
-Nothing was measured on this checkpoint (`--no-eval`).
+Nothing was measured on this checkpoint.
 {% endif %}
 The whole record, hashes included, is in `{{ records }}/run.json`; `{{ records }}/report.html` shows it in charts.
 """
@@ -122,7 +123,7 @@ def model_card(record: RunRecord, name: str) -> str:
         settled=settled(record.charts).capitalize(), adapter=record.resolved["format"] == "adapter",
         gguf=is_gguf(name), records=records_of(name),
         more=rate is not None and rate["edited"] > rate["base"],
-        fewer=rate is not None and rate["edited"] < rate["base"], elsewhere=record.direction_from_elsewhere,
+        fewer=rate is not None and rate["edited"] < rate["base"], warnings=warnings(record),
         places=[f"layer {p['layer']}, position {p['position']}" for p in record.direction.get("parts", ())],
         carried={k: v for k, v in record.base_card.items() if k in CARRIED_OVER},
     )  # fmt: skip

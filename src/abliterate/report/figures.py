@@ -124,14 +124,37 @@ def _tenths(score: float) -> str:
     return f"{round(score, 1) + 0:.1f}"
 
 
+def warnings(record: RunRecord) -> list[str]:
+    """What a reader must know before trusting the figures of a run, sentence by sentence."""
+    found = []
+    if record.direction and (failed := broken_bounds(record.direction["scores"], record.test_max_kl)):
+        found.append(f"The direction fails the causal test: {'; '.join(failed)}.")
+    if weak := no_better(record.controls):
+        found.append(f"The direction does no better than its controls: {weak}.")
+    if record.missed:
+        found.append("Refusals of harmful test prompts did not rise, though the direction was strengthened.")
+    if record.direction_from_elsewhere:
+        found.append("The direction was found on another checkpoint than the one that was edited.")
+    seen = record.metric("recognition")
+    if seen is not None and seen["base"] is not None and seen["high"] < seen["base_low"]:
+        found.append(
+            f"It recognises harm less than before ({seen['base']:.2f} → {seen['edited']:.2f}): refusals may be gone "
+            "because it no longer sees what they were about."
+        )
+    return found
+
+
 def no_better(controls: dict[str, Any]) -> str:
     """Which control the direction does not surely surpass; '' where it surpasses all."""
     if not controls or controls["margin_low"] > 0:
         return ""
     what = {"random": "a random direction", "harmless": "a direction between halves of the harmless prompts"}
+    than, margin = what[controls["best"]], controls["margin"]
+    if margin <= 0:
+        return f"{than} moves the refusal score as it should by {-margin:.2f} more: what it does, any direction may do"
     return (
-        f"it moves the refusal score by {controls['margin']:.2f} (at least {controls['margin_low']:.2f}) more than "
-        f"{what[controls['best']]}: what it does, any direction may do"
+        f"it moves the refusal score by {margin:.2f} more than {than}, which may be chance on so few prompts (at least "
+        f"{controls['margin_low']:.2f})"
     )
 
 
@@ -141,7 +164,7 @@ def broken_bounds(scores: dict[str, float], max_kl: float) -> list[str]:
         return []
     bounds = {
         "ablating it does not lower the refusal score": scores["ablated"] < scores["base_harmful"],
-        "adding it does not raise it": scores.get("rise", 1.0) > 0,
+        "adding it does not raise the refusal score": scores.get("rise", 1.0) > 0,
         f"KL {scores['kl']:.3f} is above --max-kl {max_kl:g}": scores["kl"] <= max_kl,
     }
     return [what for what, kept in bounds.items() if not kept]

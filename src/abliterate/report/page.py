@@ -17,13 +17,11 @@ from markupsafe import Markup
 
 from abliterate.report import measured, panels
 from abliterate.report.command import command
-from abliterate.report.figures import broken_bounds, counted, judged_by, no_better, strengths, unjudged
+from abliterate.report.figures import counted, judged_by, strengths, unjudged, warnings
 from abliterate.report.layers import single_prompts
 from abliterate.report.panels import Panel
 from abliterate.report.record import RunRecord
 
-#: The page's name in the folder of records.
-PAGE = "report.html"
 #: What is said of the harmful, harmless and borderline test prompts, how its figures are written, and their names.
 _LEADS = (
     ("refusals", "{:.1%}", ("refusal_rate", "false_refusal_rate", "borderline_refusal_rate")),
@@ -49,7 +47,7 @@ def page(record: RunRecord, name: str, *, unfinished: bool = False) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
         r=record, name=name, unfinished=unfinished, lead=lead(record), judge=judged_by(record.metrics),
-        warnings=warnings(record), sections=sections(record, unfinished), environment=environment_of(record),
+        warnings=_warnings(record), sections=sections(record, unfinished), environment=environment_of(record),
         prompts=prompt_rows(record), command=command(record.given), script=Markup(script), digest=digest,  # noqa: S704  our own file
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704
     )  # fmt: skip
@@ -97,17 +95,9 @@ def lead(record: RunRecord) -> str:
     return f"{done}; what that does to its answers was not measured."
 
 
-def warnings(record: RunRecord) -> list[str]:
-    """What a reader must know before trusting the figures."""
-    found = []
-    if record.direction and (failed := broken_bounds(record.direction["scores"], record.test_max_kl)):
-        found.append(f"The direction fails the causal test: {'; '.join(failed)}.")
-    if weak := no_better(record.controls):
-        found.append(f"The direction does no better than its controls: {weak}.")
-    if record.missed:
-        found.append("Refusals of harmful test prompts did not rise, though the direction was strengthened.")
-    if record.direction_from_elsewhere:
-        found.append("The direction was found on another checkpoint than the one that was edited.")
+def _warnings(record: RunRecord) -> list[str]:
+    """What a reader must know before trusting the figures, with what tables say of answers by themselves."""
+    found = warnings(record)
     counts = [sum(v.get("broken", 0) for v in record.verdicts.get(who, {}).values()) for who in ("base", "edited")]
     if counts[1] > counts[0]:
         found.append(f"More answers are broken text, neither refusal nor answer: {counted(record.verdicts, 'broken')}.")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from abliterate.checkpoint import first_part
+from abliterate.checkpoint.naming import PAGE, is_gguf, records_of
 from abliterate.report.figures import (
     COLUMNS,
     broken_bounds,
     controlled,
     counted,
     judged_by,
-    no_better,
     rows,
     settled,
     strengths,
     tuning,
     unjudged,
+    warnings,
 )
 from abliterate.report.layout import print_table, say
 from abliterate.report.record import RunRecord
@@ -63,8 +66,8 @@ def print_metrics(
     say(console, " ".join([intervals, *notes]), style="dim")
 
 
-def print_direction(console: Console, direction: dict[str, Any], max_kl: float) -> None:
-    """Where a direction was found, what its causal test said, and the bounds that it breaks if a person named it."""
+def print_direction(console: Console, direction: dict[str, Any], max_kl: float | None = None) -> None:
+    """Where a direction was found, what its causal test said, and of bounds with this one which of them it breaks."""
     if direction["layer"] is None:
         say(console, Text.assemble(("direction", "bold"), f" {direction['method']}"))
         return
@@ -74,17 +77,15 @@ def print_direction(console: Console, direction: dict[str, Any], max_kl: float) 
         say(console, Text.assemble(("direction", "bold"), f" {where}: {_scores(part['scores'])}"))
     if stopped := direction.get("stopped"):
         say(console, f"no more directions: {stopped}")
-    if failed := broken_bounds(direction["scores"], max_kl):
+    if max_kl is not None and (failed := broken_bounds(direction["scores"], max_kl)):
         say(console, Text.assemble(("it fails the causal test:", "yellow"), f" {'; '.join(failed)}"))
 
 
 def print_run(console: Console, record: RunRecord, output: str) -> None:
-    """What a finished run has to say: the direction, the edit, the table, where things are."""
-    print_direction(console, record.direction, record.test_max_kl)
+    """What a finished run has to say: the direction, the edit, the table, where it and its page are."""
+    print_direction(console, record.direction)
     if others := controlled(record.controls):
         say(console, Text.assemble(("controls", "bold"), f" refusal score {others}"))
-    if record.direction_from_elsewhere:
-        say(console, Text.assemble(("found on another checkpoint", "yellow"), " than the one that was edited"))
     if tuned := tuning(record.front):
         say(console, Text.assemble(("tuned", "bold"), f" {tuned}"))
     adds = " (adds to the direction)" if record.strengthens else ""
@@ -106,13 +107,13 @@ def print_run(console: Console, record: RunRecord, output: str) -> None:
         say(console, Text.assemble(("LM head", "bold"), f" {record.tied_head}"))
     if record.metrics:
         print_metrics(console, record.metrics, record.verdicts, record.charts, record.resolved.get("engine"))
-    if record.missed:
-        say(console, Text("refusals of harmful prompts did not rise", "yellow"))
-    if weak := no_better(record.controls):
-        say(console, Text.assemble(("the direction does no better than its controls:", "yellow"), f" {weak}"))
+    for warning in warnings(record):
+        say(console, Text(warning, "yellow"))
     seconds = sum(record.seconds.values())
     memory = f", peak memory {record.peak_memory_bytes / 1e9:.1f} GB" if record.peak_memory_bytes else ""
-    say(console, f"{output}: {seconds:.0f} s{memory}", style="dim")
+    made = first_part(Path(output).expanduser())
+    charts = f"charts {'beside' if is_gguf(made.name) else 'in'} it, in {records_of(made.name)}/{PAGE}"
+    say(console, f"{made}: {seconds:.0f} s{memory}; {charts}", style="dim")
 
 
 def print_resistance(console: Console, found: dict[str, Any]) -> None:
