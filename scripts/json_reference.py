@@ -39,8 +39,8 @@ from the schemas in the package; do not edit.
 
 Where a command fails, standard output stays empty, so what is there is always a result. The message is the last line on
 standard error where that is no terminal (an option that is not known or no number gets a usage line and a box, as on a
-terminal), and the exit code says what kind of mistake it was. Lines before it tell what a run that takes longer than half a
-minute is doing.
+terminal), and the exit code says what kind of mistake it was. Lines before it tell what a run that takes longer than
+half a minute is doing.
 
 | code | what it means |
 | --- | --- |

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from abliterate.at_rest import find_model
-from abliterate.checkpoint import TensorInfo, open_checkpoint
+from abliterate.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from abliterate.checkpoint.gguf_file import read_gguf
 from abliterate.edit.estimate import estimate
+from abliterate.edit.files import BASE
 from abliterate.edit.plan import Embeddings, plan_edit
 from abliterate.options import check_embeddings
 
@@ -21,7 +23,7 @@ class Inspection:
     """What an edit of a model would do: `writers` by role, what it would keep and leave, and what it would take here.
 
     Sizes in bytes; `writers` holds `{role, tensors, shape, axis, dtype, behind, nbytes}`, `axis` the one that lies in
-    the stream, `behind` the norm between the writers and it.
+    the stream, `behind` the norm between the writers and it. `edited` says whether the model is the result of an edit.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Inspection:
     untouched: int
     tied_head: str | None
     left_out: list[str]
+    edited: bool
     disk: int
     memory: int
     seconds: float
@@ -77,5 +80,13 @@ def inspect(model: str, *, embeddings: str = "edit", undo: bool = True, requanti
         untouched=plan.untouched,
         tied_head=plan.tied_head,
         left_out=list(checkpoint.left_out),
+        edited=_is_edited(checkpoint),
         **asdict(needs),
     )
+
+
+def _is_edited(checkpoint: Checkpoint) -> bool:
+    """Whether there are records of an edit, or a GGUF itself says so, whose records may lie elsewhere."""
+    if f"{checkpoint.records}/run.json" in checkpoint.side_files:
+        return True
+    return checkpoint.format == "gguf" and BASE in read_gguf(checkpoint.source).metadata

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import abliterate.pipeline
+from abliterate import inspection
 from abliterate.cli import console
 from abliterate.cli.main import main
 from abliterate.errors import AbliterateError
@@ -225,12 +226,14 @@ def test_an_interrupt_says_how_to_go_on(
 
 
 def test_inspect_says_what_edit_would_do_and_reads_no_weight(
-    refusing: Refusing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    refusing: Refusing, finished: tuple[object, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_here("inspect", str(refusing.folder), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [(w["role"], w["tensors"]) for w in found["writers"]] == [("embed", 1), ("MLP out", 4), ("attention out", 4)]
     assert found["untouched"] == found["tensors"] - 9 and found["disk"] > found["nbytes"] and found["seconds"] > 0
+    assert not inspection.inspect(str(refusing.folder)).edited
+    assert inspection.inspect(str(finished[1])).edited
     assert run_here("inspect", str(refusing.folder), "--embeddings", "keep") == 0
     said = capsys.readouterr().out
     assert "MLP out" in said and "kept model.embed_tokens.weight" in said and max(map(len, said.splitlines())) <= 80

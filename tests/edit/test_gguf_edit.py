@@ -348,7 +348,10 @@ def test_a_split_result_goes_by_the_name_it_was_given_and_is_called_by_its_first
     assert cli("edit", str(split), "-d", direction, "-o", str(tmp_path / "e.gguf")) == 0
     said = "".join(capsys.readouterr().out.split())
     assert f"{tmp_path}/e-00001-of-00003.gguf:" in said and "chartsbesideit,ine.abliteration/report.html" in said
-    assert cli("inspect", str(tmp_path / "e.gguf")) == 0
+    capsys.readouterr()
+    for name, already in ((tmp_path / "e.gguf", True), (split, False)):
+        assert cli("inspect", str(name)) == 0
+        assert ("edited already" in capsys.readouterr().out) == already
     assert cli("edit", str(split), "-d", str(tmp_path / "e.gguf"), "-o", str(tmp_path / "again.gguf")) == 0
     hashed = hashes(tmp_path, "*.gguf")
     assert all(hashed[n.replace("e-", "again-")] == h for n, h in hashed.items() if n.startswith("e-"))

@@ -175,6 +175,8 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
         say(console, f"kept {name}: {why}")
     if found["tied_head"] is not None:
         say(console, f"LM head: {found['tied_head']}")
+    if found["edited"]:
+        say(console, "edited already: this is the result of an edit by abliterate")
     for name in found["left_out"]:
         say(console, f"left out of the result: {name}")
     needs = f"{size(found['disk'])} of disk, {size(found['memory'])} of memory at most"
