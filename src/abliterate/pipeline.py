@@ -221,27 +221,25 @@ class _Run:
         Raises:
             UsageError: an interrupted run went on with another target or bound.
         """
-        target, max_kl, base_refused = (
-            self.options.target_refusals, self.options.max_kl, len(shown.observed.harmful_validation)
-        )  # fmt: skip
+        o, base_refused = self.options, len(shown.observed.harmful_validation)
+        asked = {"target": o.target_refusals, "max_kl": o.max_kl}
         each = [
             Point(Direction.load(self.work.steps / f"tuned-{i}.safetensors"), **figures)
             for i, figures in enumerate(tuned["points"])
         ]
 
         def compute() -> dict[str, Any]:
-            told: dict[str, Any] = {"picked": None, "rule": None, "target": target, "max_kl": max_kl}
-            told["base_refused"] = base_refused
+            told: dict[str, Any] = {"picked": None, "rule": None, "base_refused": base_refused, **asked}
             if each:
-                point, rule = pick(each, each[0], base_refused, max_kl, target, shown.least_held)
+                point, rule = pick(each, each[0], base_refused, o.max_kl, o.target_refusals, shown.least_held)
                 told |= {"picked": each.index(point), "rule": rule}
             return told
 
         found = self.step("pick", compute)
-        if not isinstance(found, dict) or found.keys() != {"picked", "rule", "target", "max_kl", "base_refused"}:
+        if not isinstance(found, dict) or found.keys() != {"picked", "rule", "base_refused", *asked}:
             raise self.work.damaged("pick.json")
-        self.require_same("--target-refusals", found["target"], target)
-        self.require_same("--max-kl", found["max_kl"], max_kl)
+        self.require_same("--target-refusals", found["target"], o.target_refusals)
+        self.require_same("--max-kl", found["max_kl"], o.max_kl)
         direction = chosen if found["picked"] is None else each[found["picked"]].direction
         direction.save(self.work.record(DIRECTIONS))
         return direction, tuned | {name: found[name] for name in ("picked", "rule", "base_refused")}

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import UndefinedError
 
 from abliterate.checkpoint import hub_name
-from abliterate.checkpoint.naming import DIRECTIONS, PAGE, RECORDS, is_gguf, records_at, records_of
+from abliterate.checkpoint.naming import DIRECTIONS, PAGE, RECORDS, RENAMED, is_gguf, records_at, records_of
 from abliterate.direction.direction import Direction
 from abliterate.errors import CheckpointError, ResourceError, UsageError
 from abliterate.options import Options
@@ -109,10 +109,10 @@ def read(run: Path) -> Result:
         if (folder / RECORDS / "steps" / "settings.json").is_file():
             name = folder.resolve().name.removesuffix(".partial")
             return Result(_unfinished(folder / RECORDS, folder / records_of(name)), name, folder / RECORDS, True)
-    where, renamed = f"{beside.name}/{_RECORD} {'beside' if is_gguf(run.name) else 'in'} it", ""
-    if is_gguf(run.name):
-        renamed = "; where the file was renamed, rename the folder of its records too"
-    raise CheckpointError(f"{run}: there is no {where}; expected what run or edit wrote, or its record{renamed}")
+    where, way_on = ("beside", f"; {RENAMED}") if is_gguf(run.name) else ("in", "")
+    raise CheckpointError(
+        f"{run}: there is no {beside.name}/{_RECORD} {where} it; expected what run or edit wrote, or its record{way_on}"
+    )
 
 
 def _unfinished(records: Path, directions: Path) -> RunRecord:

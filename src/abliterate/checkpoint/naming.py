@@ -12,6 +12,8 @@ from pathlib import Path
 RECORDS = "abliteration"
 #: The page of charts in it, and the directions that were taken out.
 PAGE, DIRECTIONS = "report.html", "directions.safetensors"
+#: What to do where the records of a GGUF are not found.
+RENAMED = "where the file was renamed, rename the folder of its records too"
 #: A part of a split GGUF: what all parts have in common, which one it is, and how many there are.
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 

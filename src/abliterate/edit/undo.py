@@ -21,7 +21,7 @@ from abliterate.checkpoint.gguf_copy import data_pieces, head_from
 from abliterate.checkpoint.gguf_file import read_gguf
 from abliterate.checkpoint.layout import Layout, in_place, joined
 from abliterate.checkpoint.matrix import Matrix
-from abliterate.checkpoint.naming import RECORDS, records_of
+from abliterate.checkpoint.naming import RECORDS, RENAMED, records_of
 from abliterate.checkpoint.storage import matrices
 from abliterate.checkpoint.stream import copy_file, sync, tensor_sha256
 from abliterate.edit.files import BASE
@@ -128,7 +128,7 @@ class WayBack:
         path = checkpoint.path / checkpoint.records / NOTE
         if f"{checkpoint.records}/{NOTE}" not in checkpoint.side_files:
             gguf = checkpoint.format == "gguf"
-            renamed = "; where the file was renamed, rename the folder of its records too" if gguf else ""
+            renamed = f"; {RENAMED}" if gguf else ""
             raise CheckpointError(
                 f"{checkpoint.source}: {'there is' if gguf else 'holds'} no {checkpoint.records}/{NOTE}"
                 f"{' beside it' if gguf else ''}; only edits made with it (not --no-undo) can be taken back{renamed}"
